@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Matmul against a frozen 4-bit kernel.
+
+The kernel is dequantized in use: forward and backward each decode the packed codes again, so the
+only residual of a matmul is what is stored anyway, and no gradient of the kernel exists (QLoRA,
+equations 5 and 6). On a CPU the decoding goes tile by tile of rows, so that a tile stays in cache; on
+an accelerator the kernel is decoded whole, in the operand's dtype, for its library matmul.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from ..typing import Array, Float
+from .array import QuantizedArray, block_constants, dequantize_rows
+from .blockwise import dequantize_blockwise
+
+_TILE_ELEMENTS = 1 << 20  # decoded values a tile, 4 MiB in float32: stays in a core's L2 + L3 share
+
+
+def dot(x: Array, y: Array, x_axis: int, y_axis: int, dtype: Any) -> Array:
+    """Contracts one axis of each of two matrices, accumulating in float32 at least."""
+    acc = jnp.promote_types(x.dtype, jnp.float32)
+    dims = (((x_axis,), (y_axis,)), ((), ()))
+    return lax.dot_general(x, y, dims, preferred_element_type=acc).astype(dtype)
+
+
+def quantized_matmul(
+    x: Float[Array, "*lead m k"],
+    q: QuantizedArray,
+    *,
+    transpose: bool = False,
+    dtype: Any = None,
+) -> Float[Array, "*lead m n"]:
+    """`x @ W`, or `x @ W.T`, for a frozen quantized kernel; differentiable in `x` alone.
+
+    Args:
+        x: Left operand; its dtype is the compute dtype that the kernel is decoded to. `k` is the
+            kernel's cols (rows if `transpose`), and lead axes are the kernel's own.
+        q: Kernel of `rows x cols` per lead index.
+        transpose: Contract the kernel's rows instead of its cols.
+        dtype: dtype of the result, `x.dtype` by default. Sums are in float32.
+
+    Returns:
+        The product, `n` being the kernel's rows (cols if `transpose`).
+    """
+    matmul = functools.partial(_matmul, transpose, jnp.dtype(dtype or x.dtype))
+    for _ in q.lead:
+        matmul = jax.vmap(matmul)
+    return matmul(x, q)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _matmul(transpose: bool, dtype: Any, x: Array, q: QuantizedArray) -> Array:
+    return _product(x, q, transpose, dtype)
+
+
+def _matmul_fwd(transpose: bool, dtype: Any, x: Array, q: QuantizedArray):
+    # a zero-size slice carries the dtype of x, whose values the backward does not need
+    return _product(x, q, transpose, dtype), (q, x[:0])
+
+
+def _matmul_bwd(transpose: bool, dtype: Any, residuals: Any, g: Array):
+    q, like = residuals
+    return _product(g.astype(like.dtype), q, not transpose, like.dtype), None
+
+
+_matmul.defvjp(_matmul_fwd, _matmul_bwd)
+
+
+def _product(x: Array, q: QuantizedArray, transpose: bool, dtype: Any) -> Array:
+    if q.layout.rows * q.layout.cols <= _TILE_ELEMENTS:
+        return _whole(x, q, transpose, dtype)
+    return lax.platform_dependent(
+        x,
+        q,
+        cpu=functools.partial(_tiled, transpose=transpose, dtype=dtype),
+        default=functools.partial(_whole, transpose=transpose, dtype=dtype),
+    )
+
+
+def _whole(x: Array, q: QuantizedArray, transpose: bool, dtype: Any) -> Array:
+    w = dequantize_rows(q, x.dtype)
+    return dot(x, w, 1, 0 if transpose else 1, dtype)
+
+
+def _tiled(x: Array, q: QuantizedArray, transpose: bool, dtype: Any) -> Array:
+    """One tile of rows at a time: decode, multiply, discard."""
+    rows, cols = q.layout.rows, q.layout.cols
+    tile = max(1, min(rows, _TILE_ELEMENTS // cols))
+    whole = rows // tile * tile
+    absmax = block_constants(q)
+
+    def decode(codes: Array, absmax: Array) -> Array:
+        w = dequantize_blockwise(
+            codes, absmax, format=q.format, block_size=q.block_size, dtype=x.dtype
+        )
+        return w[:, :cols]
+
+    def cut(a: Array) -> Array:
+        return a[:whole].reshape(-1, tile, a.shape[1])
+
+    tiles = (cut(q.codes), cut(absmax))
+    rest = (q.codes[whole:], absmax[whole:])
+    acc = jnp.promote_types(dtype, jnp.float32)
+    if not transpose:
+        _, y = lax.scan(lambda _, t: (None, dot(decode(*t), x, 1, 1, dtype)), None, tiles)
+        y = y.reshape(whole, x.shape[0])
+        if whole < rows:
+            y = jnp.concatenate([y, dot(decode(*rest), x, 1, 1, dtype)])
+        return y.T
+
+    def add(total: Array, tile_and_x: Any) -> tuple[Array, None]:
+        *t, x_tile = tile_and_x
+        return total + dot(x_tile, decode(*t), 0, 0, acc), None
+
+    total = jnp.zeros((x.shape[0], cols), acc)
+    total, _ = lax.scan(add, total, (*tiles, cut(x.T)))
+    if whole < rows:
+        total, _ = add(total, (*rest, x.T[whole:]))
+    return total.astype(dtype)
