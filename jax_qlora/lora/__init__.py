@@ -1,0 +1,14 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LoRA as a transform of parameter trees: targets, adapters, attach, merge."""
+
+from .adapter import Adapter as Adapter
+from .adapter import attach as attach
+from .adapter import init_adapter as init_adapter
+from .adapter import merge as merge
+from .adapter import quantize as quantize
+from .adapter import unmerge as unmerge
+from .array import LoraArray as LoraArray
+from .array import LoraPair as LoraPair
+from .summary import summary as summary
+from .targets import Target as Target
+from .targets import Targets as Targets

@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Adapters: make one, attach it to a frozen base, fold it in, take it out again."""
+
+import math
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ..errors import InputError
+from ..quant import QuantizedArray, quantize_array
+from ..tree import flatten_paths, map_with_path
+from ..typing import Key, PyTree
+from .array import LoraArray, LoraPair, is_special, materialize
+from .targets import Target, Targets, matches_pattern, pick_by_pattern
+
+Adapter = dict[str, LoraPair]
+
+
+def quantize(
+    params: PyTree,
+    targets: Targets,
+    *,
+    format: str = "nf4",
+    block_size: int = 64,
+    double_quant: bool = True,
+) -> PyTree:
+    """The frozen base: `params` with the target kernels in 4 bits, all else as it is.
+
+    Args:
+        params: A model's parameters, any pytree.
+        targets: Kernels to quantize, from `find_targets`.
+        format: As in `quantize_array`.
+        block_size: As in `quantize_array`.
+        double_quant: As in `quantize_array`.
+
+    Raises:
+        InputError: a target is not in `params`, or `quantize_array` refuses it.
+    """
+    _check_paths(targets, params)
+
+    def one(path: str, leaf: Any) -> Any:
+        target = targets.get(path)
+        if target is None or isinstance(leaf, QuantizedArray):
+            return leaf
+        return quantize_array(
+            leaf,
+            in_axis=target.layout.in_axes,
+            out_axis=target.layout.out_axes,
+            format=format,
+            block_size=block_size,
+            double_quant=double_quant,
+        )
+
+    return map_with_path(one, params, is_leaf=is_special)
+
+
+def init_adapter(
+    key: Key[Any, ""],
+    targets: Targets,
+    *,
+    rank: int = 16,
+    alpha: float = 32,
+    dropout: float = 0.0,
+    rslora: bool = False,
+    rank_pattern: Mapping[str, int] | None = None,
+    alpha_pattern: Mapping[str, float] | None = None,
+) -> Adapter:
+    """A fresh adapter: `a` uniform in +-1/sqrt(cols) as in PEFT, `b` zero, so it changes nothing.
+
+    Args:
+        key: Random key. A target's values depend on the key and its path alone.
+        targets: Kernels to adapt, from `find_targets`.
+        rank: Rank of the updates.
+        alpha: Numerator of the scaling alpha / rank.
+        dropout: Probability of zeroing an input of an update in training.
+        rslora: Scale by alpha / sqrt(rank) instead (rank-stabilized LoRA, arXiv 2312.03732).
+        rank_pattern: Rank by name pattern, first match wins; a pattern is a regular expression for
+            the end of a module's dotted name, as in PEFT.
+        alpha_pattern: Alpha by name pattern.
+
+    Returns:
+        Path -> LoraPair, float32: a plain pytree, and the only thing that trains.
+
+    Raises:
+        InputError: rank or alpha out of range, or a pattern that matches no target.
+    """
+    rank_pattern, alpha_pattern = dict(rank_pattern or {}), dict(alpha_pattern or {})
+    for name, patterns in (("rank_pattern", rank_pattern), ("alpha_pattern", alpha_pattern)):
+        for pattern in patterns:
+            if not any(matches_pattern(path, pattern) for path in targets):
+                raise InputError(
+                    f"{name} '{pattern}' matches none of the {len(targets)} targets: expected the end "
+                    f"of a module name such as '{next(iter(targets)).rpartition('/')[0]}'. "
+                    "Print the targets to see their names."
+                )
+    if not 0.0 <= dropout < 1.0:
+        raise InputError(f"dropout {dropout}: expected a probability in [0, 1). 0 turns it off.")
+
+    def one(target: Target) -> LoraPair:
+        r = pick_by_pattern(target.path, rank_pattern, rank)
+        numerator = pick_by_pattern(target.path, alpha_pattern, alpha)
+        if not (isinstance(r, int) and 1 <= r):
+            raise InputError(f"rank {r!r} for '{target.path}': expected a whole number of at least 1.")
+        rows, cols = target.layout.rows, target.layout.cols
+        bound = 1 / math.sqrt(cols)
+        path_key = jax.random.fold_in(key, zlib.crc32(target.path.encode()))
+        shape = (*target.lead, r, cols)
+        return LoraPair(
+            a=jax.random.uniform(path_key, shape, jnp.float32, -bound, bound),
+            b=jnp.zeros((*target.lead, rows, r), jnp.float32),
+            layout=target.layout,
+            scale=float(numerator) / (math.sqrt(r) if rslora else r),
+            dropout=float(dropout),
+        )
+
+    return {target.path: one(target) for target in targets.values()}
+
+
+def attach(base: PyTree, adapter: Adapter, *, dropout_key: Any = None) -> PyTree:
+    """The tree for `lift(apply)`: `base` with every adapted kernel wrapped with its update.
+
+    Costs nothing and copies nothing; call it inside the jitted step. One base serves any number of
+    adapters, and adapters of equal structure share one compilation.
+
+    Args:
+        base: Frozen parameters; leaves may be arrays or QuantizedArray.
+        adapter: Path -> LoraPair.
+        dropout_key: Random key for dropout in this step; None turns dropout off.
+
+    Raises:
+        InputError: the adapter names a path that is not in `base`, or a kernel of another shape.
+    """
+    _check_paths(adapter, base)
+
+    def one(path: str, leaf: Any) -> Any:
+        pair = adapter.get(path)
+        if pair is None:
+            return leaf
+        if isinstance(leaf, LoraArray):
+            raise InputError(
+                f"'{path}' has an adapter attached already: expected a frozen base. "
+                "Attach to the base, or merge the first adapter."
+            )
+        shape = (*pair.lead, *pair.layout.shape)
+        if tuple(leaf.shape) != shape:
+            raise InputError(
+                f"the adapter's update of '{path}' is for a kernel of shape {shape}, found "
+                f"{tuple(leaf.shape)}. The adapter was made for another model or layout."
+            )
+        keys = None
+        if dropout_key is not None and pair.dropout > 0:
+            path_key = jax.random.fold_in(dropout_key, zlib.crc32(path.encode()))
+            keys = jax.random.split(path_key, pair.lead)
+        return LoraArray(base=leaf, pair=pair, dropout_key=keys)
+
+    return map_with_path(one, base, is_leaf=is_special)
+
+
+def merge(base: PyTree, adapter: Adapter | None = None, *, dtype: Any = None) -> PyTree:
+    """Dense parameters with the updates folded in: no adapter, no latency at inference.
+
+    The sum is taken in float32 with the *dequantized* base, which is what the adapter was trained on.
+
+    Args:
+        base: Frozen parameters, quantized or not, or a tree with an adapter attached.
+        adapter: Path -> LoraPair; None only makes the tree dense.
+        dtype: dtype of the kernels that were quantized or adapted; their own by default.
+
+    Raises:
+        InputError: as `attach`.
+    """
+    tree = attach(base, adapter) if adapter else base
+    return jax.tree.map(
+        lambda x: materialize(x, dtype) if is_special(x) else x, tree, is_leaf=is_special
+    )
+
+
+def unmerge(params: PyTree, adapter: Adapter, *, dtype: Any = None) -> PyTree:
+    """Inverse of `merge` for dense parameters, up to rounding: subtracts the updates.
+
+    Args:
+        params: Dense parameters with the updates folded in.
+        adapter: The adapter that was merged.
+        dtype: dtype of the adapted kernels; their own by default.
+
+    Raises:
+        InputError: as `attach`; or a kernel is quantized, from which nothing can be subtracted.
+    """
+    _check_paths(adapter, params)
+
+    def one(path: str, leaf: Any) -> Any:
+        if path not in adapter:
+            return leaf
+        if is_special(leaf):
+            raise InputError(
+                f"'{path}' is {leaf!r}: expected a dense kernel to subtract the update from. "
+                "Keep the base, or unmerge before quantizing."
+            )
+        delta = adapter[path].delta()
+        return (jnp.asarray(leaf, jnp.float32) - delta).astype(dtype or leaf.dtype)
+
+    return map_with_path(one, params, is_leaf=is_special)
+
+
+def _check_paths(wanted: Mapping[str, Any], tree: Any) -> None:
+    have = flatten_paths(tree, is_leaf=is_special)
+    missing = [path for path in wanted if path not in have]
+    if missing:
+        listed = ", ".join(missing[:4]) + (", ..." if len(missing) > 4 else "")
+        some = ", ".join(list(have)[:4])
+        raise InputError(
+            f"{len(missing)} of {len(wanted)} adapted or target paths are not in the parameters: "
+            f"{listed}. The parameters have e.g. {some}. They belong to another model, or the tree "
+            "was wrapped ('params/...'): pass the tree that find_targets was given."
+        )

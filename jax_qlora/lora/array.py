@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LoraPair, the trainable low-rank factors of one kernel, and LoraArray, a kernel with its update."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ..quant import QuantizedArray, dequantize
+from ..quant.layout import KernelLayout
+from ..quant.matmul import dot
+from ..tree import pytree
+from ..typing import Array, Float
+
+
+@pytree(static=("layout", "scale", "dropout"))
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class LoraPair:
+    """The update `scale * (b @ a)` of a kernel folded to `[*lead, rows, cols]` (LoRA, equation 3).
+
+    Attributes:
+        a: Down projection `[*lead, rank, cols]`, float32; PEFT's `lora_A.weight`.
+        b: Up projection `[*lead, rows, rank]`, float32, starts at zero; PEFT's `lora_B.weight`.
+        layout: Which trailing axes of the kernel are contracted.
+        scale: alpha / rank, or alpha / sqrt(rank) with rsLoRA.
+        dropout: Probability of zeroing an input of the update in training.
+    """
+
+    a: Float[Array, "*lead rank cols"]
+    b: Float[Array, "*lead rows rank"]
+    layout: KernelLayout
+    scale: float
+    dropout: float
+
+    @property
+    def rank(self) -> int:
+        """Rank of the update."""
+        return self.a.shape[-2]
+
+    @property
+    def lead(self) -> tuple[int, ...]:
+        """Sizes of the leading layer and expert axes."""
+        return tuple(self.a.shape[:-2])
+
+    def delta_rows(self) -> Float[Array, "*lead rows cols"]:
+        """The update as a dense float32 array in torch's layout."""
+        product = jnp.matmul(self.b.astype(jnp.float32), self.a.astype(jnp.float32))
+        return self.scale * product
+
+    def delta(self) -> Float[Array, "..."]:
+        """The update as a dense float32 array in the kernel's own layout."""
+        return self.layout.from_rows(self.delta_rows())
+
+
+@pytree()
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class LoraArray:
+    """A frozen kernel and its low-rank update, as one value: `base + scale * (b @ a)`.
+
+    `attach` makes it and `lift` computes with it; the dense sum exists only on `materialize`.
+
+    Attributes:
+        base: Array or QuantizedArray of the kernel's shape.
+        pair: The update.
+        dropout_key: One random key for each lead index, or None for no dropout (evaluation).
+    """
+
+    base: Any
+    pair: LoraPair
+    dropout_key: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the kernel."""
+        return tuple(self.base.shape)
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes of the kernel."""
+        return len(self.base.shape)
+
+    @property
+    def dtype(self) -> Any:
+        """dtype of the kernel, not of the update (which is float32)."""
+        return self.base.dtype
+
+    @property
+    def lead(self) -> tuple[int, ...]:
+        """Sizes of the leading layer and expert axes."""
+        return self.pair.lead
+
+    @property
+    def layout(self) -> KernelLayout:
+        """Which trailing axes of the kernel are contracted."""
+        return self.pair.layout
+
+
+def is_special(x: Any) -> bool:
+    """Whether `x` stands for a dense array without being one."""
+    return isinstance(x, QuantizedArray | LoraArray)
+
+
+def materialize(x: Any, dtype: Any = None) -> Array:
+    """The dense array that `x` stands for; sums of base and update are taken in float32.
+
+    Args:
+        x: Array, QuantizedArray or LoraArray.
+        dtype: dtype of the result, `x.dtype` by default.
+    """
+    dtype = dtype or x.dtype
+    if isinstance(x, LoraArray):
+        return (materialize(x.base, jnp.float32) + x.pair.delta()).astype(dtype)
+    if isinstance(x, QuantizedArray):
+        return dequantize(x, dtype)
+    return jnp.asarray(x).astype(dtype)
+
+
+def lora_matmul(
+    x: Float[Array, "*lead m k"],
+    pair: LoraPair,
+    *,
+    dropout_key: Any = None,
+    transpose: bool = False,
+    dtype: Any = None,
+) -> Float[Array, "*lead m n"]:
+    """The update's share of a matmul, `scale * (dropout(x) a^T) b^T`; never forms `b @ a`.
+
+    Args:
+        x: Left operand; its dtype is the compute dtype, sums are in float32.
+        pair: The update. Its gradients are float32.
+        dropout_key: Keys of shape `lead`, or None for no dropout.
+        transpose: Contract the kernel's rows instead of its cols.
+        dtype: dtype of the result, `x.dtype` by default.
+    """
+    first, second = (pair.b, pair.a) if transpose else (pair.a, pair.b)
+    keep = 1.0 - pair.dropout
+
+    def one(x: Array, first: Array, second: Array, key: Any = None) -> Array:
+        if key is not None:
+            mask = jax.random.bernoulli(key, keep, x.shape)
+            x = jnp.where(mask, x / jnp.asarray(keep, x.dtype), jnp.zeros_like(x))
+        return _update(transpose, pair.scale, jnp.dtype(dtype or x.dtype), x, first, second)
+
+    args = [x, first, second]
+    if dropout_key is not None and pair.dropout > 0:
+        args.append(dropout_key)
+    f = one
+    for _ in pair.lead:
+        f = jax.vmap(f)
+    return f(*args)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _update(transpose: bool, scale: float, dtype: Any, x: Array, a: Array, b: Array) -> Array:
+    return _update_fwd(transpose, scale, dtype, x, a, b)[0]
+
+
+def _update_fwd(transpose: bool, scale: float, dtype: Any, x: Array, a: Array, b: Array):
+    k_axis, n_axis = (0, 1) if transpose else (1, 0)  # of a, of b; the other axis is the rank
+    h = dot(x, a.astype(x.dtype), 1, k_axis, x.dtype)
+    y = dot(h, b.astype(x.dtype), 1, 1 - n_axis, dtype) * jnp.asarray(scale, dtype)
+    return y, (x, h, a, b)
+
+
+def _update_bwd(transpose: bool, scale: float, dtype: Any, residuals: Any, g: Array):
+    # operands stay in the compute dtype (a float32 cotangent times a bfloat16 weight would widen the
+    # whole matmul); the gradients of the factors are summed and kept in float32
+    x, h, a, b = residuals
+    k_axis, n_axis = (0, 1) if transpose else (1, 0)
+    g = (g * jnp.asarray(scale, g.dtype)).astype(x.dtype)
+    gh = dot(g, b.astype(x.dtype), 1, n_axis, x.dtype)
+    dx = dot(gh, a.astype(x.dtype), 1, 1 - k_axis, x.dtype)
+    da = dot(x, gh, 0, 0, a.dtype) if transpose else dot(gh, x, 0, 0, a.dtype)
+    db = dot(h, g, 0, 0, b.dtype) if transpose else dot(g, h, 0, 0, b.dtype)
+    return dx, da, db
+
+
+_update.defvjp(_update_fwd, _update_bwd)
+
+
+def lookup(leaf: Any, indices: Array, dtype: Any) -> Array:
+    """Rows of a kernel, `leaf.rows[indices]`, decoding only those rows.
+
+    Args:
+        leaf: QuantizedArray or LoraArray without lead axes, whose rows are the vocabulary.
+        indices: Row numbers, any shape, in range.
+        dtype: dtype of the result.
+
+    Returns:
+        `[*indices.shape, cols]`.
+    """
+    if isinstance(leaf, QuantizedArray):
+        return _lookup_quantized(leaf, indices, dtype)
+    if isinstance(leaf, LoraArray):
+        base = lookup(leaf.base, indices, dtype) if is_special(leaf.base) else None
+        if base is None:
+            base = leaf.layout.to_rows(leaf.base)[indices].astype(dtype)
+        flat = indices.reshape(-1)
+        update = jnp.matmul(leaf.pair.b[flat], leaf.pair.a) * leaf.pair.scale
+        return base + update.astype(dtype).reshape(*indices.shape, -1)
+    raise TypeError(f"lookup in {type(leaf).__name__}: expected QuantizedArray or LoraArray")
+
+
+def _lookup_quantized(q: QuantizedArray, indices: Array, dtype: Any) -> Array:
+    from ..quant.array import block_constants
+    from ..quant.blockwise import dequantize_blockwise
+
+    values = dequantize_blockwise(
+        q.codes[indices],
+        block_constants(q)[indices],
+        format=q.format,
+        block_size=q.block_size,
+        dtype=dtype,
+    )
+    return values[..., : q.layout.cols]
