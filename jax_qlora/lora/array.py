@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from ..quant import QuantizedArray, dequantize
+from ..quant.array import lookup_rows
 from ..quant.layout import KernelLayout
 from ..quant.matmul import dot
 from ..tree import pytree
@@ -184,7 +185,7 @@ def lookup(leaf: Any, indices: Array, dtype: Any) -> Array:
     """Rows of a kernel, `leaf.rows[indices]`, decoding only those rows.
 
     Args:
-        leaf: QuantizedArray or LoraArray without lead axes, whose rows are the vocabulary.
+        leaf: Array, QuantizedArray or LoraArray without lead axes, whose rows are the vocabulary.
         indices: Row numbers, any shape, in range.
         dtype: dtype of the result.
 
@@ -192,26 +193,11 @@ def lookup(leaf: Any, indices: Array, dtype: Any) -> Array:
         `[*indices.shape, cols]`.
     """
     if isinstance(leaf, QuantizedArray):
-        return _lookup_quantized(leaf, indices, dtype)
-    if isinstance(leaf, LoraArray):
-        base = lookup(leaf.base, indices, dtype) if is_special(leaf.base) else None
-        if base is None:
-            base = leaf.layout.to_rows(leaf.base)[indices].astype(dtype)
-        flat = indices.reshape(-1)
-        update = jnp.matmul(leaf.pair.b[flat], leaf.pair.a) * leaf.pair.scale
-        return base + update.astype(dtype).reshape(*indices.shape, -1)
-    raise TypeError(f"lookup in {type(leaf).__name__}: expected QuantizedArray or LoraArray")
-
-
-def _lookup_quantized(q: QuantizedArray, indices: Array, dtype: Any) -> Array:
-    from ..quant.array import block_constants
-    from ..quant.blockwise import dequantize_blockwise
-
-    values = dequantize_blockwise(
-        q.codes[indices],
-        block_constants(q)[indices],
-        format=q.format,
-        block_size=q.block_size,
-        dtype=dtype,
-    )
-    return values[..., : q.layout.cols]
+        return lookup_rows(leaf, indices, dtype)
+    base = leaf.base
+    if isinstance(base, QuantizedArray):
+        rows = lookup(base, indices, dtype)
+    else:
+        rows = leaf.layout.to_rows(base)[indices].astype(dtype)
+    update = jnp.matmul(leaf.pair.b[indices], leaf.pair.a) * leaf.pair.scale
+    return rows + update.astype(dtype)

@@ -318,3 +318,24 @@ def dequantize(q: QuantizedArray, dtype: Any = jnp.float32) -> Float[Array, "...
         dtype: dtype of the result; the product is taken in float32 and cast.
     """
     return q.layout.from_rows(dequantize_rows(q, dtype))
+
+
+def lookup_rows(q: QuantizedArray, indices: Array, dtype: Any = jnp.float32) -> Array:
+    """Rows of a kernel without lead axes, decoding only those rows.
+
+    Args:
+        q: A kernel `rows x cols`, e.g. an embedding table whose rows are the vocabulary.
+        indices: Row numbers, any shape, in range.
+        dtype: dtype of the result.
+
+    Returns:
+        `[*indices.shape, cols]`.
+    """
+    values = dequantize_blockwise(
+        q.codes[indices],
+        block_constants(q)[indices],
+        format=q.format,
+        block_size=q.block_size,
+        dtype=dtype,
+    )
+    return values[..., : q.layout.cols]

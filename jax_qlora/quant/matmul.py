@@ -21,9 +21,14 @@ from .blockwise import dequantize_blockwise
 _TILE_ELEMENTS = 1 << 20  # decoded values a tile, 4 MiB in float32: stays in a core's L2 + L3 share
 
 
+def accumulator(dtype: Any) -> Any:
+    """The dtype that sums of products of `dtype` are taken in: float32, or wider if it is."""
+    return jnp.dtype(dtype) if jnp.dtype(dtype).itemsize > 4 else jnp.dtype(jnp.float32)
+
+
 def dot(x: Array, y: Array, x_axis: int, y_axis: int, dtype: Any) -> Array:
     """Contracts one axis of each of two matrices, accumulating in float32 at least."""
-    acc = jnp.promote_types(x.dtype, jnp.float32)
+    acc = accumulator(x.dtype)
     dims = (((x_axis,), (y_axis,)), ((), ()))
     return lax.dot_general(x, y, dims, preferred_element_type=acc).astype(dtype)
 
@@ -105,7 +110,7 @@ def _tiled(x: Array, q: QuantizedArray, transpose: bool, dtype: Any) -> Array:
 
     tiles = (cut(q.codes), cut(absmax))
     rest = (q.codes[whole:], absmax[whole:])
-    acc = jnp.promote_types(dtype, jnp.float32)
+    acc = accumulator(dtype)
     if not transpose:
         _, y = lax.scan(lambda _, t: (None, dot(decode(*t), x, 1, 1, dtype)), None, tiles)
         y = y.reshape(whole, x.shape[0])

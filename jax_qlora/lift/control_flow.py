@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Recursion into the primitives that carry functions: jit, remat, custom rules, scan, while, cond.
+
+Each is rebuilt with the public transform that made it, on the same function evaluated by `run`, with
+weights passed as pytrees. Outputs that are weights leave by the side: flax's lifted loops return the
+parameters they were given.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax import lax
+
+from .._compat import (
+    JaxprEqn,
+    cond_p,
+    custom_jvp_call_p,
+    custom_vjp_call_p,
+    jit_p,
+    open_jaxpr,
+    remat_p,
+    scan_p,
+    scan_parts,
+    while_p,
+)
+from ..errors import InputError
+from .interpreter import Special
+from .views import scan_view
+from .weight import Unavailable, Weight
+
+Run = Callable[[Any, Sequence[Any], Sequence[Any]], list[Any]]
+
+
+class _Boxed:
+    """Values as a pytree of plain arrays, and the way back to weights from traced ones."""
+
+    def __init__(self, values: Sequence[Any]):
+        self.weights = [v if isinstance(v, Special) else None for v in values]
+        self.tree = [v.leaf if isinstance(v, Weight) else _or_none(v) for v in values]
+
+    def open(self, tree: Sequence[Any]) -> list[Any]:
+        out = []
+        for weight, x in zip(self.weights, tree, strict=True):
+            out.append(Weight(x, weight.view, weight.path) if isinstance(weight, Weight) else x)
+            if isinstance(weight, Unavailable):
+                out[-1] = weight
+        return out
+
+
+def _or_none(value: Any) -> Any:
+    return None if isinstance(value, Special) else value
+
+
+class _Outputs:
+    """Splits a body's outputs into arrays, which the transform returns, and weights, which it does not.
+
+    A weight that comes out with the leaf it went in with is the outer weight under the inner view.
+    """
+
+    def __init__(self) -> None:
+        self.outer: list[Any] = []
+
+    def close(self, outs: Sequence[Any], inner: Sequence[Any], outer: Sequence[Any]) -> list[Any]:
+        came_in = {id(v.leaf): o for v, o in zip(inner, outer, strict=True) if isinstance(v, Weight)}
+        self.outer = []
+        for out in outs:
+            source = came_in.get(id(out.leaf)) if isinstance(out, Weight) else None
+            if isinstance(out, Weight) and source is not None:
+                self.outer.append(Weight(source.leaf, out.view, out.path))
+            elif isinstance(out, Special):
+                self.outer.append(Unavailable(out.path, "is changed inside a loop or branch"))
+            else:
+                self.outer.append(None)
+        return [_or_none(out) for out in outs]
+
+    def join(self, outs: Sequence[Any]) -> list[Any]:
+        return [o if s is None else s for o, s in zip(outs, self.outer, strict=True)]
+
+
+def _inline(key: str) -> Callable[..., list[Any]]:
+    def rule(eqn: JaxprEqn, values: list[Any], run: Run) -> list[Any]:
+        return run(*open_jaxpr(eqn.params[key]), values)
+
+    return rule
+
+
+def _remat(eqn: JaxprEqn, values: list[Any], run: Run) -> list[Any]:
+    jaxpr, consts = open_jaxpr(eqn.params["jaxpr"])
+    boxed, outputs = _Boxed(values), _Outputs()
+
+    def body(tree: list[Any]) -> list[Any]:
+        inner = boxed.open(tree)
+        return outputs.close(run(jaxpr, consts, inner), inner, values)
+
+    outs = jax.checkpoint(
+        body, prevent_cse=eqn.params["prevent_cse"], policy=eqn.params["policy"]
+    )(boxed.tree)
+    return outputs.join(outs)
+
+
+def _scan(eqn: JaxprEqn, values: list[Any], run: Run) -> list[Any]:
+    jaxpr, jaxpr_consts = open_jaxpr(eqn.params["jaxpr"])
+    parts = scan_parts(eqn)
+    start = parts.num_consts + parts.num_carry
+    consts, init, xs = values[: parts.num_consts], values[parts.num_consts : start], values[start:]
+    # a weight in the carry that the body hands on unchanged is a constant
+    boxed_init, boxed_xs, outputs = _Boxed(init), _Boxed(xs), _Outputs()
+    for weight in boxed_xs.weights:
+        if isinstance(weight, Weight) and scan_view(weight.view) is None:
+            raise InputError(
+                f"'{weight.path}' is scanned over an axis that is contracted or moved: expected a "
+                "stacked axis in front. Put the layer axis first, or leave this path out of the targets."
+            )
+
+    def body(carry: list[Any], x: list[Any]) -> tuple[list[Any], list[Any]]:
+        state = [c if w is None else w for c, w in zip(carry, boxed_init.weights, strict=True)]
+        inner_xs = [
+            Weight(v.leaf, scan_view(w.view), w.path) if isinstance(w, Weight) else v
+            for v, w in zip(boxed_xs.open(x), boxed_xs.weights, strict=True)
+        ]
+        inner = [*consts, *state, *inner_xs]
+        outs = outputs.close(run(jaxpr, jaxpr_consts, inner), inner, values)
+        return outs[: parts.num_carry], outs[parts.num_carry :]
+
+    carry = [None if isinstance(v, Special) else v for v in init]
+    params = eqn.params
+    last, ys = lax.scan(
+        body,
+        carry,
+        boxed_xs.tree,
+        length=params["length"],
+        reverse=params["reverse"],
+        unroll=params["unroll"],
+    )
+    outs = outputs.join([*last, *ys])
+    return [_outside_scan(out, i < parts.num_carry, xs) for i, out in enumerate(outs)]
+
+
+def _outside_scan(out: Any, is_carry: bool, xs: Sequence[Any]) -> Any:
+    """A weight that a scan returns: constant in the carry, the scanned input itself stacked up."""
+    if not isinstance(out, Weight):
+        return out
+    for x in xs:
+        if isinstance(x, Weight) and x.leaf is out.leaf:
+            if not is_carry and out.view == scan_view(x.view):
+                return x
+            return Unavailable(out.path, "is changed inside a scan")
+    return out if is_carry else Unavailable(out.path, "is stacked by a scan")
+
+
+def _while(eqn: JaxprEqn, values: list[Any], run: Run) -> list[Any]:
+    n_cond, n_body = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
+    cond_consts, body_consts = values[:n_cond], values[n_cond : n_cond + n_body]
+    init = values[n_cond + n_body :]
+    boxed, outputs = _Boxed(init), _Outputs()
+
+    def state(carry: list[Any]) -> list[Any]:
+        return [c if w is None else w for c, w in zip(carry, boxed.weights, strict=True)]
+
+    def cond(carry: list[Any]) -> Any:
+        return run(*open_jaxpr(eqn.params["cond_jaxpr"]), [*cond_consts, *state(carry)])[0]
+
+    def body(carry: list[Any]) -> list[Any]:
+        inner = [*body_consts, *state(carry)]
+        outs = run(*open_jaxpr(eqn.params["body_jaxpr"]), inner)
+        return outputs.close(outs, inner, inner)
+
+    outs = lax.while_loop(cond, body, [None if isinstance(v, Special) else v for v in init])
+    return outputs.join(outs)
+
+
+def _cond(eqn: JaxprEqn, values: list[Any], run: Run) -> list[Any]:
+    index, *operands = values
+    boxed = _Boxed(operands)
+    found: list[list[Any]] = []
+
+    def branch(jaxpr: Any) -> Callable[[list[Any]], list[Any]]:
+        def body(tree: list[Any]) -> list[Any]:
+            inner, outputs = boxed.open(tree), _Outputs()
+            outs = outputs.close(run(*open_jaxpr(jaxpr), inner), inner, operands)
+            found.append(outputs.outer)
+            return outs
+
+        return body
+
+    # branches must agree on which outputs are weights: look first, on shapes alone
+    for b in eqn.params["branches"]:
+        jax.eval_shape(branch(b), boxed.tree)
+    special = [any(o is not None for o in outer) for outer in zip(*found, strict=True)]
+    if any(special):
+        paths = [o.path for outer in found for o in outer if o is not None]
+        raise InputError(
+            f"'{paths[0]}' comes out of a conditional: expected branches that use weights, found one "
+            "that returns a weight. Choose between results, or leave this path out of the targets."
+        )
+    return lax.switch(index, [branch(b) for b in eqn.params["branches"]], boxed.tree)
+
+
+CONTROL_FLOW = {
+    jit_p: _inline("jaxpr"),
+    custom_jvp_call_p: _inline("call_jaxpr"),
+    custom_vjp_call_p: _inline("call_jaxpr"),
+    remat_p: _remat,
+    scan_p: _scan,
+    while_p: _while,
+    cond_p: _cond,
+}

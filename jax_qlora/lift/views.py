@@ -1,0 +1,237 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Views: how a value inside a traced function relates to the weight it came from.
+
+Between a parameter and the matmul that uses it, models transpose, reshape and cast. A view records
+those steps symbolically, as a permutation and grouping of the weight's axes, so that no step has to be
+carried out on the weight. Axes are numbered from the end: slicing a layer or an expert off the front
+(`lax.scan`) leaves the numbers of the others as they are.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+
+from .._compat import JaxprEqn
+from ..quant.layout import KernelLayout
+from ..typing import Array
+
+
+@dataclasses.dataclass(frozen=True)
+class View:
+    """A rearrangement of a weight.
+
+    Attributes:
+        leaf_shape: Shape of the weight, lead axes included.
+        dims: For each dimension of the value, the axes of the weight merged in it, row-major.
+        dtype: dtype the value has been cast to.
+    """
+
+    leaf_shape: tuple[int, ...]
+    dims: tuple[tuple[int, ...], ...]
+    dtype: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the value."""
+        return tuple(self.size(dim) for dim in self.dims)
+
+    def size(self, axes: Sequence[int]) -> int:
+        """Product of the sizes of some axes of the weight."""
+        return math.prod(self.leaf_shape[a] for a in axes)
+
+    def wide(self, dims: Sequence[int]) -> tuple[int, ...]:
+        """The axes in some dimensions, in order, without those of size one."""
+        return tuple(a for d in dims for a in self.dims[d] if self.leaf_shape[a] != 1)
+
+    def apply(self, dense: Array) -> Array:
+        """The value itself, from the dense weight."""
+        order = [a + len(self.leaf_shape) for dim in self.dims for a in dim]
+        order += [a for a in range(dense.ndim) if a not in order]  # squeezed axes of size one
+        return jnp.transpose(dense, order).reshape(self.shape).astype(self.dtype)
+
+
+def identity_view(shape: Sequence[int], dtype: Any) -> View:
+    """The view of a weight as it is."""
+    ndim = len(shape)
+    return View(tuple(shape), tuple((a - ndim,) for a in range(ndim)), jnp.dtype(dtype))
+
+
+def step_view(eqn: JaxprEqn, view: View) -> View | None:
+    """The view after one equation, or None if the equation is no rearrangement or cast."""
+    step = _STEPS.get(eqn.primitive)
+    return step(eqn, view) if step else None
+
+
+def _same(eqn: JaxprEqn, view: View) -> View:
+    return view
+
+
+def _convert(eqn: JaxprEqn, view: View) -> View | None:
+    dtype = eqn.params["new_dtype"]
+    floating = jnp.issubdtype(dtype, jnp.floating)
+    return dataclasses.replace(view, dtype=jnp.dtype(dtype)) if floating else None
+
+
+def _transpose(eqn: JaxprEqn, view: View) -> View:
+    return dataclasses.replace(view, dims=tuple(view.dims[i] for i in eqn.params["permutation"]))
+
+
+def _squeeze(eqn: JaxprEqn, view: View) -> View:
+    gone = {d % len(view.dims) for d in eqn.params["dimensions"]}
+    kept = tuple(dim for i, dim in enumerate(view.dims) if i not in gone)
+    return dataclasses.replace(view, dims=kept)
+
+
+def _reshape(eqn: JaxprEqn, view: View) -> View | None:
+    """Regroups the axes; None if a new dimension would cut through an axis."""
+    axes = list(view.wide(range(len(view.dims))))
+    dims = []
+    for size in eqn.params["new_sizes"]:
+        dim: list[int] = []
+        while view.size(dim) < size and axes:
+            dim.append(axes.pop(0))
+        if view.size(dim) != size:
+            return None
+        dims.append(tuple(dim))
+    return dataclasses.replace(view, dims=tuple(dims))
+
+
+def _broadcast(eqn: JaxprEqn, view: View) -> View | None:
+    """Only new dimensions of size one."""
+    shape, mapping = eqn.params["shape"], eqn.params["broadcast_dimensions"]
+    dims: list[tuple[int, ...]] = [()] * len(shape)
+    for i, d in enumerate(mapping):
+        dims[d] = view.dims[i]
+    new = dataclasses.replace(view, dims=tuple(dims))
+    return new if new.shape == tuple(shape) else None
+
+
+_STEPS = {
+    lax.convert_element_type_p: _convert,
+    lax.transpose_p: _transpose,
+    lax.reshape_p: _reshape,
+    lax.squeeze_p: _squeeze,
+    lax.broadcast_in_dim_p: _broadcast,
+    lax.copy_p: _same,
+}
+
+
+def lead_slice(eqn: JaxprEqn, view: View) -> int | None:
+    """The axis of the weight from which a slice takes one index, if that is all it does.
+
+    Covers `lax.slice` and `lax.dynamic_slice`, i.e. `stacked[i]` in a Python loop over layers.
+    """
+    params, shape = eqn.params, view.shape
+    if eqn.primitive is lax.slice_p:
+        strides = params["strides"] or (1,) * len(shape)
+        sizes = [hi - lo for lo, hi in zip(params["start_indices"], params["limit_indices"])]
+        if any(s != 1 for s in strides):
+            return None
+    elif eqn.primitive is lax.dynamic_slice_p:
+        sizes = list(params["slice_sizes"])
+    else:
+        return None
+    cut = [d for d, (size, full) in enumerate(zip(sizes, shape, strict=True)) if size != full]
+    if len(cut) != 1 or sizes[cut[0]] != 1 or len(view.dims[cut[0]]) != 1:
+        return None
+    return view.dims[cut[0]][0]
+
+
+def drop_axis(view: View, axis: int) -> View:
+    """The view after one index is taken from `axis`; the dimension it filled has size one."""
+    ndim = len(view.leaf_shape)
+    shape = view.leaf_shape[: axis + ndim] + view.leaf_shape[axis + ndim + 1 :]
+    dims = tuple(tuple(a + (a < axis) for a in dim if a != axis) for dim in view.dims)
+    return View(shape, dims, view.dtype)
+
+
+def scan_view(view: View) -> View | None:
+    """The view inside a scan over the value's first dimension; None unless that is a lead axis."""
+    if not view.dims or view.dims[0] != (-len(view.leaf_shape),):
+        return None
+    inner = drop_axis(view, -len(view.leaf_shape))
+    return dataclasses.replace(inner, dims=inner.dims[1:])
+
+
+class MatmulPlan(NamedTuple):
+    """A `dot_general` against a weight, as `[*lead, m, k] x [*lead, k, n]`.
+
+    Attributes:
+        transpose: The weight's rows are contracted, not its cols.
+        batch, contract: Positions in `dimension_numbers`, in the weight's own order.
+        free: Remaining dimensions of the value, in the weight's own order.
+    """
+
+    transpose: bool
+    batch: tuple[int, ...]
+    contract: tuple[int, ...]
+    free: tuple[int, ...]
+
+
+def _ordered(view: View, dims: Sequence[int]) -> list[int]:
+    """Positions of `dims` sorted by the axes they hold."""
+    return sorted(range(len(dims)), key=lambda i: (view.wide([dims[i]]) or (0,))[0])
+
+
+def free_dims(view: View, batch: Sequence[int], contract: Sequence[int]) -> list[int]:
+    """Dimensions of a dot_general operand that are neither batch nor contracted."""
+    return [d for d in range(len(view.dims)) if d not in batch and d not in contract]
+
+
+def match_matmul(
+    layout: KernelLayout, view: View, batch: Sequence[int], contract: Sequence[int]
+) -> MatmulPlan | None:
+    """Reads a `dot_general` as a matmul against a kernel; None if it is none.
+
+    The contracted dimensions must be exactly the kernel's cols (or rows: `transpose`), the batch
+    dimensions exactly its lead axes.
+    """
+    ndim, kernel = len(view.leaf_shape), len(layout.shape)
+    free = free_dims(view, batch, contract)
+    orders = [_ordered(view, dims) for dims in (batch, contract, free)]
+    got = [
+        view.wide([dims[i] for i in order])
+        for dims, order in zip((batch, contract, free), orders, strict=True)
+    ]
+
+    def wide(axes: Sequence[int]) -> tuple[int, ...]:
+        return tuple(a for a in axes if view.leaf_shape[a] != 1)
+
+    lead, ins, outs = wide(range(-ndim, -kernel)), wide(layout.in_axes), wide(layout.out_axes)
+    for transpose, (k, n) in enumerate(((ins, outs), (outs, ins))):
+        if got == [lead, k, n]:
+            sizes = (layout.rows, layout.cols) if transpose else (layout.cols, layout.rows)
+            if view.size([a for d in contract for a in view.dims[d]]) == sizes[0]:
+                return MatmulPlan(
+                    bool(transpose), tuple(orders[0]), tuple(orders[1]),
+                    tuple(free[i] for i in orders[2]),
+                )
+    return None
+
+
+class LookupPlan(NamedTuple):
+    """A `gather` of whole rows, `jnp.take(weight, indices, axis)`.
+
+    Attributes:
+        dim: The dimension of the value that is indexed.
+        offset_dims: Where the row's dimensions stand in the result.
+    """
+
+    dim: int
+    offset_dims: tuple[int, ...]
+
+
+def match_lookup(eqn: JaxprEqn, view: View) -> LookupPlan | None:
+    """Reads a `gather` as a look-up of rows along one dimension; None if it is none."""
+    numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
+    dims = numbers.collapsed_slice_dims
+    if len(dims) != 1 or tuple(numbers.start_index_map) != tuple(dims):
+        return None
+    if numbers.operand_batching_dims or eqn.invars[1].aval.shape[-1] != 1:
+        return None
+    full = all(n == view.shape[d] for d, n in enumerate(sizes) if d != dims[0])
+    return LookupPlan(dims[0], tuple(numbers.offset_dims)) if full and sizes[dims[0]] == 1 else None

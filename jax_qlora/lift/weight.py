@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The special values that travel through a lifted function."""
+
+import dataclasses
+from typing import Any
+
+import jax
+
+from ..lora.array import materialize
+from ..typing import Array
+from .interpreter import Special
+from .views import View, drop_axis
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Weight(Special):
+    """A weight that stands for a dense array, and the view of it taken so far.
+
+    Attributes:
+        leaf: QuantizedArray or LoraArray.
+        view: How the value relates to the leaf.
+        path: The leaf's path, for messages.
+    """
+
+    leaf: Any
+    view: View
+    path: str
+
+    def dense(self) -> Array:
+        """The value itself: decodes and sums the whole weight."""
+        return self.view.apply(materialize(self.leaf))
+
+    def take(self, axis: int, index: Any) -> "Weight":
+        """One index of a lead axis; every child of the leaf has the lead axes in front."""
+        position = axis + len(self.view.leaf_shape)
+        leaf = jax.tree.map(
+            lambda x: jax.lax.dynamic_index_in_dim(x, index, position, keepdims=False), self.leaf
+        )
+        return Weight(leaf, drop_axis(self.view, axis), self.path)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Unavailable(Special):
+    """An output of a loop or branch that is a changed weight; an error only if somebody reads it."""
+
+    path: str
+    why: str
