@@ -5,31 +5,31 @@
 has only the wheel. With `--hide` it hides them itself.
 """
 
-import importlib.abc
 import importlib.metadata
 import importlib.resources
 import sys
 from collections.abc import Sequence
-from importlib.machinery import ModuleSpec
+from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 
 ALLOWED = {"jax", "jaxlib", "jax_qlora", "ml_dtypes", "numpy", "opt_einsum", "scipy"}
 
 
-class Hide(importlib.abc.MetaPathFinder):
-    """Finds nothing outside the standard library, jax and what jax itself needs."""
+class OnlyAllowed(PathFinder):
+    """Finds the standard library, this package, jax, numpy, and what jax itself needs."""
 
+    @classmethod
     def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+        cls, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         top = fullname.partition(".")[0]
-        if top not in ALLOWED | sys.stdlib_module_names and not top.startswith("_"):
-            raise ModuleNotFoundError(f"hidden: {fullname}", name=fullname)
+        if top in ALLOWED or top in sys.stdlib_module_names or top.startswith("_"):
+            return super().find_spec(fullname, path, target)
         return None
 
 
 if "--hide" in sys.argv:
-    sys.meta_path.insert(0, Hide())
+    sys.meta_path = [OnlyAllowed if finder is PathFinder else finder for finder in sys.meta_path]
 
 import jax
 import jax.numpy as jnp
