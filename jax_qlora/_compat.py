@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The only importer of unstable jax: everything that differs between jax 0.10 and 0.12.
 
-`lift` reads jaxprs, and jaxprs are not a stable format. Each shim names the version that lets it go.
+`lift` reads jaxprs, and jaxprs are not a stable format. Each shim names the version that lets it
+go.
 """
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 from jax.extend.core.primitives import (
     cond_p,
@@ -25,6 +25,7 @@ __all__ = [
     "JaxprEqn",
     "Literal",
     "Var",
+    "aval_of",
     "bind_eqn",
     "cond_p",
     "custom_jvp_call_p",
@@ -36,6 +37,11 @@ __all__ = [
     "scan_parts",
     "while_p",
 ]
+
+
+def aval_of(atom: Any) -> Any:
+    """The abstract value (shape and dtype) of a variable or literal."""
+    return atom.aval
 
 
 def bind_eqn(eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
@@ -78,8 +84,3 @@ def scan_parts(eqn: JaxprEqn) -> ScanParts:
         return ScanParts(eqn.params["num_consts"], eqn.params["num_carry"])
     consts, carry, _ = eqn.params["ft_in"].update(range(len(eqn.invars))).unpack()
     return ScanParts(len(list(consts)), len(list(carry)))
-
-
-def is_key_array(x: Any) -> bool:
-    """Whether `x` is an array of typed random keys."""
-    return hasattr(x, "dtype") and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)

@@ -37,7 +37,10 @@ def pytree(*, static: tuple[str, ...] = ()) -> Callable[[T], T]:
 
         def unflatten(aux: tuple[Any, ...], values: Any) -> Any:
             x = object.__new__(cls)
-            for name, value in (*zip(static, aux, strict=True), *zip(children, values, strict=True)):
+            for name, value in (
+                *zip(static, aux, strict=True),
+                *zip(children, values, strict=True),
+            ):
                 object.__setattr__(x, name, value)
             return x
 
@@ -83,9 +86,7 @@ def path_name(path: tuple[Any, ...]) -> str:
     return name
 
 
-def flatten_paths(
-    tree: Any, *, is_leaf: Callable[[Any], bool] | None = None
-) -> dict[str, Any]:
+def flatten_paths(tree: Any, *, is_leaf: Callable[[Any], bool] | None = None) -> dict[str, Any]:
     """The leaves of `tree` by path name, in tree order.
 
     >>> flatten_paths({"a": {"b": 1, "c": 2}})
@@ -122,8 +123,8 @@ def map_with_path(
 def partition(tree: Any, mask: Any) -> tuple[Any, Any]:
     """Splits `tree` in two of the same structure: where `mask` is true, and the rest.
 
-    `combine(*partition(tree, mask)) == tree`. Leaves that went to the other side are `ABSENT`, which
-    has no leaves, so `jax.grad` and optax see only what is there.
+    `combine(*partition(tree, mask)) == tree`. Leaves that went to the other side are `ABSENT`,
+    which has no leaves, so `jax.grad` and optax see only what is there.
 
     Args:
         tree: Any pytree.

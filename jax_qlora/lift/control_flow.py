@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Recursion into the primitives that carry functions: jit, remat, custom rules, scan, while, cond.
 
-Each is rebuilt with the public transform that made it, on the same function evaluated by `run`, with
-weights passed as pytrees. Outputs that are weights leave by the side: flax's lifted loops return the
-parameters they were given.
+Each is rebuilt with the public transform that made it, on the same function evaluated by `run`,
+with weights passed as pytrees. Outputs that are weights leave by the side: flax's lifted loops
+return the parameters they were given.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,7 +26,7 @@ from .._compat import (
 )
 from ..errors import InputError
 from .interpreter import Special
-from .views import scan_view
+from .views import View, scan_view
 from .weight import Unavailable, Weight
 
 Run = Callable[[Any, Sequence[Any], Sequence[Any]], list[Any]]
@@ -53,7 +53,7 @@ def _or_none(value: Any) -> Any:
 
 
 class _Outputs:
-    """Splits a body's outputs into arrays, which the transform returns, and weights, which it does not.
+    """Splits a body's outputs into arrays, which the transform returns, and weights.
 
     A weight that comes out with the leaf it went in with is the outer weight under the inner view.
     """
@@ -62,7 +62,9 @@ class _Outputs:
         self.outer: list[Any] = []
 
     def close(self, outs: Sequence[Any], inner: Sequence[Any], outer: Sequence[Any]) -> list[Any]:
-        came_in = {id(v.leaf): o for v, o in zip(inner, outer, strict=True) if isinstance(v, Weight)}
+        came_in = {
+            id(v.leaf): o for v, o in zip(inner, outer, strict=True) if isinstance(v, Weight)
+        }
         self.outer = []
         for out in outs:
             source = came_in.get(id(out.leaf)) if isinstance(out, Weight) else None
@@ -93,9 +95,9 @@ def _remat(eqn: JaxprEqn, values: list[Any], run: Run) -> list[Any]:
         inner = boxed.open(tree)
         return outputs.close(run(jaxpr, consts, inner), inner, values)
 
-    outs = jax.checkpoint(
-        body, prevent_cse=eqn.params["prevent_cse"], policy=eqn.params["policy"]
-    )(boxed.tree)
+    outs = jax.checkpoint(body, prevent_cse=eqn.params["prevent_cse"], policy=eqn.params["policy"])(
+        boxed.tree
+    )
     return outputs.join(outs)
 
 
@@ -106,18 +108,13 @@ def _scan(eqn: JaxprEqn, values: list[Any], run: Run) -> list[Any]:
     consts, init, xs = values[: parts.num_consts], values[parts.num_consts : start], values[start:]
     # a weight in the carry that the body hands on unchanged is a constant
     boxed_init, boxed_xs, outputs = _Boxed(init), _Boxed(xs), _Outputs()
-    for weight in boxed_xs.weights:
-        if isinstance(weight, Weight) and scan_view(weight.view) is None:
-            raise InputError(
-                f"'{weight.path}' is scanned over an axis that is contracted or moved: expected a "
-                "stacked axis in front. Put the layer axis first, or leave this path out of the targets."
-            )
+    views = {i: _scanned(w) for i, w in enumerate(boxed_xs.weights) if isinstance(w, Weight)}
 
     def body(carry: list[Any], x: list[Any]) -> tuple[list[Any], list[Any]]:
         state = [c if w is None else w for c, w in zip(carry, boxed_init.weights, strict=True)]
         inner_xs = [
-            Weight(v.leaf, scan_view(w.view), w.path) if isinstance(w, Weight) else v
-            for v, w in zip(boxed_xs.open(x), boxed_xs.weights, strict=True)
+            Weight(v.leaf, views[i], v.path) if isinstance(v, Weight) else v
+            for i, v in enumerate(boxed_xs.open(x))
         ]
         inner = [*consts, *state, *inner_xs]
         outs = outputs.close(run(jaxpr, jaxpr_consts, inner), inner, values)
@@ -135,6 +132,21 @@ def _scan(eqn: JaxprEqn, values: list[Any], run: Run) -> list[Any]:
     )
     outs = outputs.join([*last, *ys])
     return [_outside_scan(out, i < parts.num_carry, xs) for i, out in enumerate(outs)]
+
+
+def _scanned(weight: Weight) -> View:
+    """The view of a scanned weight inside the loop.
+
+    Raises:
+        InputError: the scan runs over an axis that is contracted or moved.
+    """
+    view = scan_view(weight.view)
+    if view is None:
+        raise InputError(
+            f"'{weight.path}' is scanned over an axis that is contracted or moved: expected a "
+            "stacked axis in front. Put the layer axis first, or leave this path out of the targets."
+        )
+    return view
 
 
 def _outside_scan(out: Any, is_carry: bool, xs: Sequence[Any]) -> Any:
@@ -191,7 +203,8 @@ def _cond(eqn: JaxprEqn, values: list[Any], run: Run) -> list[Any]:
     if any(special):
         paths = [o.path for outer in found for o in outer if o is not None]
         raise InputError(
-            f"'{paths[0]}' comes out of a conditional: expected branches that use weights, found one "
+            f"'{paths[0]}' comes out of a conditional: expected branches that use weights, found "
+            f"one "
             "that returns a weight. Choose between results, or leave this path out of the targets."
         )
     return lax.switch(index, [branch(b) for b in eqn.params["branches"]], boxed.tree)

@@ -26,13 +26,21 @@ from .._compat import (
     scan_parts,
     while_p,
 )
-from ..errors import InputError
 from ..lora.array import is_special
 from ..lora.targets import Match, Target, Targets, select_targets
 from ..quant.layout import KernelLayout
 from ..tree import flatten_paths
 from ..typing import PyTree
-from .views import View, free_dims, identity_view, lead_slice, drop_axis, match_lookup, scan_view, step_view
+from .views import (
+    View,
+    drop_axis,
+    free_dims,
+    identity_view,
+    lead_slice,
+    match_lookup,
+    scan_view,
+    step_view,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +53,7 @@ class _Param:
 
 @dataclasses.dataclass(frozen=True)
 class _Activation:
-    """A value computed from the inputs; `kernel` if it is a function of one matmul's result alone."""
+    """A value computed from the inputs; `kernel` if it depends on one matmul's result alone."""
 
     kernel: str | None
 
@@ -62,7 +70,11 @@ class _Use:
 
 
 def find_targets(
-    apply: Callable[..., Any], params: PyTree, *args: Any, match: Match = "all-linear", **kwargs: Any
+    apply: Callable[..., Any],
+    params: PyTree,
+    *args: Any,
+    match: Match = "all-linear",
+    **kwargs: Any,
 ) -> Targets:
     """Finds the kernels of a model and chooses those to quantize or adapt.
 
@@ -115,10 +127,7 @@ def find_targets(
     flow = _Dataflow()
     outs = flow.run(closed.jaxpr, facts)
     heads = flow.heads(outs, leaves)
-    found = [
-        _target(path, leaves[path], use, path in heads)
-        for path, use in flow.uses.items()
-    ]
+    found = [_target(path, leaves[path], use, path in heads) for path, use in flow.uses.items()]
     order = list(leaves)
     found = sorted((t for t in found if t is not None), key=lambda t: order.index(t.path))
     return select_targets(found, match)
@@ -181,7 +190,9 @@ class _Dataflow:
         start = parts.num_consts + parts.num_carry
         inner = [_sliced(f) if i >= start else f for i, f in enumerate(ins)]
         outs = self.run(open_jaxpr(eqn.params["jaxpr"])[0], inner)
-        back = {s: f for s, f in zip(inner[start:], ins[start:], strict=True) if isinstance(s, _Param)}
+        back = {
+            s: f for s, f in zip(inner[start:], ins[start:], strict=True) if isinstance(s, _Param)
+        }
         carry = [
             init if init == out else _join([init, out])
             for init, out in zip(ins[parts.num_consts : start], outs, strict=False)
@@ -263,8 +274,11 @@ def _sliced(fact: _Fact) -> _Fact:
 
 
 def _join(facts: Sequence[_Fact]) -> _Fact:
-    """The fact of a value computed from several: one kernel's result stays that under element-wise
-    operations with constants and parameters, and is mixed with any other activation."""
+    """The fact of a value computed from several.
+
+    One kernel's result stays that under element-wise operations with constants and parameters, and
+    is mixed with any other activation.
+    """
     activations = {f for f in facts if isinstance(f, _Activation)}
     if len(activations) > 1:
         return _MIXED

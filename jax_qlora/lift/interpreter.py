@@ -14,7 +14,9 @@ Handle = Callable[[JaxprEqn, list[Any]], list[Any]]
 
 
 class Special:
-    """A value that no primitive can take: a stand-in for a weight."""
+    """A value that no primitive can take: a stand-in for a weight, with its path for messages."""
+
+    path: str
 
 
 def evaluate(

@@ -18,21 +18,25 @@ from .views import identity_view
 from .weight import Weight
 
 
-def lift(f: Callable[..., Any], *, materialize: str | Sequence[str] = "error") -> Callable[..., Any]:
+def lift(
+    f: Callable[..., Any], *, materialize: str | Sequence[str] = "error"
+) -> Callable[..., Any]:
     """Gives any traceable function a meaning on trees with quantized and adapted leaves.
 
     The function is traced on the dense shapes, and its jaxpr is evaluated with the special leaves
-    standing in for weights: a matmul decodes its kernel in use and adds the low-rank update; nothing
-    weight-shaped is made outside a matmul. The function itself is not changed and needs to know
-    nothing. On trees of ordinary arrays the result is `f`'s own.
+    standing in for weights: a matmul decodes its kernel in use and adds the low-rank update;
+    nothing weight-shaped is made outside a matmul. The function itself is not changed and needs to
+    know nothing. On trees of ordinary arrays the result is `f`'s own.
 
     Works under and over `jit`, `grad`, `vmap`, `scan` and `checkpoint`. Call it inside `jit`: each
     call outside traces `f` anew.
 
     Args:
         f: Any function that jax can trace, e.g. `lambda params, x: model.apply(params, x)`. Its
-            positional and keyword arguments are pytrees; leaves that are no arrays stay Python values.
-        materialize: What to do where a weight reaches a primitive that has no rule: "error", "allow",
+            positional and keyword arguments are pytrees; leaves that are no arrays stay Python
+            values.
+        materialize: What to do where a weight reaches a primitive that has no rule: "error",
+        "allow",
             or a list of paths (names or regular expressions) that may be made dense there.
 
     Returns:
@@ -70,7 +74,9 @@ def lift(f: Callable[..., Any], *, materialize: str | Sequence[str] = "error") -
 
         closed = jax.make_jaxpr(flat)(*[_dense_shape(leaves[i]) for i in dynamic])
         values = [
-            Weight(leaves[i], identity_view(leaves[i].shape, leaves[i].dtype), _leaf_name(keyed[i][0]))
+            Weight(
+                leaves[i], identity_view(leaves[i].shape, leaves[i].dtype), _leaf_name(keyed[i][0])
+            )
             if is_special(leaves[i])
             else leaves[i]
             for i in dynamic
@@ -86,7 +92,8 @@ def _allow(materialize: str | Sequence[str]) -> Allow:
         return lambda path: materialize == "allow"
     if isinstance(materialize, str):
         raise InputError(
-            f"materialize={materialize!r}: expected 'error', 'allow', or a list of paths that may be "
+            f"materialize={materialize!r}: expected 'error', 'allow', or a list of paths that may "
+            f"be "
             f"made dense. For one path pass [{materialize!r}]."
         )
     names = tuple(materialize)

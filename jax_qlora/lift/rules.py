@@ -14,7 +14,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 
-from .._compat import JaxprEqn, bind_eqn
+from .._compat import JaxprEqn, aval_of, bind_eqn
 from ..errors import InputError
 from ..lora.array import LoraArray, lookup, lora_matmul
 from ..quant import QuantizedArray, quantized_matmul
@@ -38,12 +38,16 @@ def make_handle(allow: Allow) -> Any:
         for value in values:
             if isinstance(value, Unavailable):
                 raise InputError(
-                    f"'{value.path}' {value.why}: expected loops and branches to return a quantized or "
-                    f"adapted weight unchanged, found '{eqn.primitive.name}' using the changed one. "
+                    f"'{value.path}' {value.why}: expected loops and branches to return a "
+                    f"quantized or "
+                    f"adapted weight unchanged, found '{eqn.primitive.name}' using the changed "
+                    f"one. "
                     "Use the weight inside the loop, or leave this path out of the targets."
                 )
         if eqn.primitive in CONTROL_FLOW:
-            return CONTROL_FLOW[eqn.primitive](eqn, values, functools.partial(evaluate, handle=handle))
+            return CONTROL_FLOW[eqn.primitive](
+                eqn, values, functools.partial(evaluate, handle=handle)
+            )
         rule = _RULES.get(eqn.primitive)
         outs = rule(eqn, values) if rule else _rearrange(eqn, values)
         if outs is None:
@@ -62,12 +66,10 @@ def make_dense(value: Any, use: str, allow: Allow) -> Any:
     if not isinstance(value, Special):
         return value
     if not isinstance(value, Weight) or not allow(value.path):
-        held = value.leaf.base if isinstance(getattr(value, "leaf", None), LoraArray) else None
-        kind = "adapted" if held is not None and not isinstance(held, QuantizedArray) else "quantized"
         raise InputError(
-            f"'{value.path}' is {kind} and reaches '{use}', which has no rule: expected a matmul, an "
-            "einsum or a row look-up over its whole contracted axes. Leave this path out of the "
-            f"targets, or let it be made dense there: lift(f, materialize=['{value.path}'])."
+            f"'{value.path}' is quantized or adapted and reaches '{use}', which has no rule: "
+            "expected a matmul, an einsum or a row look-up over its whole contracted axes. Leave this path "
+            f"out of the targets, or let it be dense there: lift(f, materialize=['{value.path}'])."
         )
     return value.dense()
 
@@ -97,7 +99,7 @@ def _dot_general(eqn: JaxprEqn, values: list[Any]) -> list[Any] | None:
     plan = match_matmul(leaf.layout, view, batches[side], contracts[side])
     if plan is None:
         return None
-    aval = eqn.outvars[0].aval
+    aval = aval_of(eqn.outvars[0])
 
     # x -> [*lead, m, k]
     x_batch = [batches[1 - side][i] for i in plan.batch]

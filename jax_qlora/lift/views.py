@@ -2,9 +2,9 @@
 """Views: how a value inside a traced function relates to the weight it came from.
 
 Between a parameter and the matmul that uses it, models transpose, reshape and cast. A view records
-those steps symbolically, as a permutation and grouping of the weight's axes, so that no step has to be
-carried out on the weight. Axes are numbered from the end: slicing a layer or an expert off the front
-(`lax.scan`) leaves the numbers of the others as they are.
+those steps symbolically, as a permutation and grouping of the weight's axes, so that no step has
+to be carried out on the weight. Axes are numbered from the end: slicing a layer or an expert off
+the front (`lax.scan`) leaves the numbers of the others as they are.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import lax
 
-from .._compat import JaxprEqn
+from .._compat import JaxprEqn, aval_of
 from ..quant.layout import KernelLayout
 from ..typing import Array
 
@@ -128,7 +128,9 @@ def lead_slice(eqn: JaxprEqn, view: View) -> int | None:
     params, shape = eqn.params, view.shape
     if eqn.primitive is lax.slice_p:
         strides = params["strides"] or (1,) * len(shape)
-        sizes = [hi - lo for lo, hi in zip(params["start_indices"], params["limit_indices"])]
+        sizes = [
+            hi - lo for lo, hi in zip(params["start_indices"], params["limit_indices"], strict=True)
+        ]
         if any(s != 1 for s in strides):
             return None
     elif eqn.primitive is lax.dynamic_slice_p:
@@ -207,7 +209,9 @@ def match_matmul(
             sizes = (layout.rows, layout.cols) if transpose else (layout.cols, layout.rows)
             if view.size([a for d in contract for a in view.dims[d]]) == sizes[0]:
                 return MatmulPlan(
-                    bool(transpose), tuple(orders[0]), tuple(orders[1]),
+                    bool(transpose),
+                    tuple(orders[0]),
+                    tuple(orders[1]),
                     tuple(free[i] for i in orders[2]),
                 )
     return None
@@ -231,7 +235,7 @@ def match_lookup(eqn: JaxprEqn, view: View) -> LookupPlan | None:
     dims = numbers.collapsed_slice_dims
     if len(dims) != 1 or tuple(numbers.start_index_map) != tuple(dims):
         return None
-    if numbers.operand_batching_dims or eqn.invars[1].aval.shape[-1] != 1:
+    if numbers.operand_batching_dims or aval_of(eqn.invars[1]).shape[-1] != 1:
         return None
     full = all(n == view.shape[d] for d, n in enumerate(sizes) if d != dims[0])
     return LookupPlan(dims[0], tuple(numbers.offset_dims)) if full and sizes[dims[0]] == 1 else None

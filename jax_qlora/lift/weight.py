@@ -41,7 +41,7 @@ class Weight(Special):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Unavailable(Special):
-    """An output of a loop or branch that is a changed weight; an error only if somebody reads it."""
+    """A changed weight that leaves a loop or branch: an error only if somebody reads it."""
 
     path: str
     why: str

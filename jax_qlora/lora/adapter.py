@@ -92,7 +92,8 @@ def init_adapter(
         for pattern in patterns:
             if not any(matches_pattern(path, pattern) for path in targets):
                 raise InputError(
-                    f"{name} '{pattern}' matches none of the {len(targets)} targets: expected the end "
+                    f"{name} '{pattern}' matches none of the {len(targets)} targets: expected the "
+                    f"end "
                     f"of a module name such as '{next(iter(targets)).rpartition('/')[0]}'. "
                     "Print the targets to see their names."
                 )
@@ -103,7 +104,9 @@ def init_adapter(
         r = pick_by_pattern(target.path, rank_pattern, rank)
         numerator = pick_by_pattern(target.path, alpha_pattern, alpha)
         if not (isinstance(r, int) and 1 <= r):
-            raise InputError(f"rank {r!r} for '{target.path}': expected a whole number of at least 1.")
+            raise InputError(
+                f"rank {r!r} for '{target.path}': expected a whole number of at least 1."
+            )
         rows, cols = target.layout.rows, target.layout.cols
         bound = 1 / math.sqrt(cols)
         path_key = jax.random.fold_in(key, zlib.crc32(target.path.encode()))
@@ -162,7 +165,8 @@ def attach(base: PyTree, adapter: Adapter, *, dropout_key: Any = None) -> PyTree
 def merge(base: PyTree, adapter: Adapter | None = None, *, dtype: Any = None) -> PyTree:
     """Dense parameters with the updates folded in: no adapter, no latency at inference.
 
-    The sum is taken in float32 with the *dequantized* base, which is what the adapter was trained on.
+    The sum is taken in float32 with the *dequantized* base, which is what the adapter was trained
+    on.
 
     Args:
         base: Frozen parameters, quantized or not, or a tree with an adapter attached.

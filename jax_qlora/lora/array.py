@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LoraPair, the trainable low-rank factors of one kernel, and LoraArray, a kernel with its update."""
+"""LoraPair, the trainable factors of one kernel, and LoraArray, a kernel with its update."""
 
 import dataclasses
 import functools
@@ -84,7 +84,7 @@ class LoraArray:
 
     @property
     def dtype(self) -> Any:
-        """dtype of the kernel, not of the update (which is float32)."""
+        """Dtype of the kernel, not of the update (which is float32)."""
         return self.base.dtype
 
     @property
@@ -166,8 +166,8 @@ def _update_fwd(transpose: bool, scale: float, dtype: Any, x: Array, a: Array, b
 
 
 def _update_bwd(transpose: bool, scale: float, dtype: Any, residuals: Any, g: Array):
-    # operands stay in the compute dtype (a float32 cotangent times a bfloat16 weight would widen the
-    # whole matmul); the gradients of the factors are summed and kept in float32
+    # operands stay in the compute dtype (a float32 cotangent times a bfloat16 weight would widen
+    # the whole matmul); the gradients of the factors are summed and kept in float32
     x, h, a, b = residuals
     k_axis, n_axis = (0, 1) if transpose else (1, 0)
     g = (g * jnp.asarray(scale, g.dtype)).astype(x.dtype)

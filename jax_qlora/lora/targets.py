@@ -76,7 +76,9 @@ class Targets(Mapping[str, Target]):
 
         rows = [(t.path, _shape(t.shape), t.dtype, _use(t), "yes") for t in self.selected]
         rows += [
-            (t.path, _shape(t.shape), t.dtype, _use(t), "") for t in self.found if t.path not in self
+            (t.path, _shape(t.shape), t.dtype, _use(t), "")
+            for t in self.found
+            if t.path not in self
         ]
         return table(("path", "shape", "dtype", "use", "target"), rows)
 
@@ -112,7 +114,7 @@ def matches_regex(path: str, pattern: str) -> bool:
 
 
 def matches_pattern(path: str, pattern: str) -> bool:
-    """PEFT's rule for rank and alpha patterns: `(.*\\.)?(pattern)$` on the dotted name."""
+    r"""PEFT's rule for rank and alpha patterns: `(.*\.)?(pattern)$` on the dotted name."""
     return any(re.match(rf"(.*\.)?({pattern})$", n) for n in module_names(path))
 
 
@@ -138,7 +140,8 @@ def select_targets(found: Iterable[Target], match: Match) -> Targets:
             selected = [t for t in found if matches_regex(t.path, match)]
         except re.error as e:
             raise InputError(
-                f"target pattern {match!r} is no regular expression ({e}): expected 'all-linear', a "
+                f"target pattern {match!r} is no regular expression ({e}): expected 'all-linear', "
+                f"a "
                 "list of names, or a regular expression. Escape it, or pass a list of names."
             ) from e
         if not selected:

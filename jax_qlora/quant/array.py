@@ -38,8 +38,8 @@ class QuantizedArray:
     - with it `absmax` is uint8 of that shape, `absmax_scale` float32 `(*lead, groups)` over the
       flattened blocks of a kernel, `absmax_offset` float32 `lead`.
 
-    Every child has the lead axes first, so `lax.scan`, `jax.vmap`, `jax.tree.map(lambda x: x[i])` and
-    sharding slice layers and experts, and each slice is complete in itself.
+    Every child has the lead axes first, so `lax.scan`, `jax.vmap`, `jax.tree.map(lambda x: x[i])`
+    and sharding slice layers and experts, and each slice is complete in itself.
 
     Attributes:
         layout: Which trailing axes of the kernel are contracted.
@@ -81,7 +81,7 @@ class QuantizedArray:
 
     @property
     def dtype(self) -> Any:
-        """dtype of the array that this one stands for."""
+        """Dtype of the array that this one stands for."""
         return jnp.dtype(self.dtype_name)
 
     @property
@@ -146,12 +146,16 @@ class QuantizedArray:
         Raises:
             InputError: the parts contradict each other (names the part, expected and found).
         """
-        layout = make_layout((*codes.shape[:-2], *kernel_shape), in_axes, _rest(kernel_shape, in_axes))
+        layout = make_layout(
+            (*codes.shape[:-2], *kernel_shape), in_axes, _rest(kernel_shape, in_axes)
+        )
         _check_format(format)
         blocks = -(-layout.cols // block_size)
         lead = tuple(codes.shape[:-2])
         groups = -(-layout.rows * blocks // group_size)
-        want = {"codes": (codes, jnp.uint8, (*lead, layout.rows, blocks * block_size // 2))}
+        want: dict[str, Any] = {
+            "codes": (codes, jnp.uint8, (*lead, layout.rows, blocks * block_size // 2))
+        }
         if absmax_scale is None:
             want["absmax"] = (absmax, jnp.float32, (*lead, layout.rows, blocks))
         else:
@@ -210,7 +214,8 @@ def quantize_array(
         format: "nf4" (normal float), "fp4" (E2M1) or "int4" (symmetric absmax).
         block_size: Elements that share a constant: 32, 64, 128 or 256. A row whose length is not a
             multiple of it is padded; the repr says by how much.
-        double_quant: Also quantize the constants to 8 bits (QLoRA section 3): 4.127 bits a parameter
+        double_quant: Also quantize the constants to 8 bits (QLoRA section 3): 4.127 bits a
+        parameter
             at block size 64 instead of 4.5.
 
     Returns:
@@ -259,7 +264,12 @@ def quantize_rows(
         InputError: as `quantize_array`.
     """
     q = quantize_array(
-        rows, in_axis=-1, out_axis=-2, format=format, block_size=block_size, double_quant=double_quant
+        rows,
+        in_axis=-1,
+        out_axis=-2,
+        format=format,
+        block_size=block_size,
+        double_quant=double_quant,
     )
     out, cols = q.layout.shape
     layout = KernelLayout(shape=(cols, out), in_axes=(-2,))
@@ -293,12 +303,13 @@ def _quantize(
 
 def block_constants(q: QuantizedArray) -> Float[Array, "*lead rows blocks"]:
     """The float32 constant of each block, double quantization undone."""
-    if q.absmax_scale is None:
+    if q.absmax_scale is None or q.absmax_offset is None:
         return q.absmax
     lead, flat = q.lead, q.absmax.reshape(math.prod(q.lead), -1)
     restore = functools.partial(dequantize_absmax, group_size=q.group_size)
     scale = q.absmax_scale.reshape(flat.shape[0], -1)
-    absmax = jax.vmap(restore)(flat, scale, q.absmax_offset.reshape(flat.shape[0]))
+    offset = jnp.reshape(q.absmax_offset, flat.shape[0])
+    absmax = jax.vmap(restore)(flat, scale, offset)
     return absmax.reshape(*lead, *q.absmax.shape[-2:])
 
 

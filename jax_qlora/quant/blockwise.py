@@ -3,8 +3,8 @@
 
 The last axis is cut into blocks of `block_size` elements; each block is divided by its largest
 magnitude and rounded to the nearest of 16 levels. Bit-exact with bitsandbytes 0.50's CUDA kernels
-(`kQuantizeBlockwise`, `kDequantizeBlockwise`): scaling multiplies by `float32(1/absmax)`, a tie takes
-the lower level, an all-zero block has absmax 0 and the code of level 0.
+(`kQuantizeBlockwise`, `kDequantizeBlockwise`): scaling multiplies by `float32(1/absmax)`, a tie
+takes the lower level, an all-zero block has absmax 0 and the code of level 0.
 """
 
 import functools
@@ -106,8 +106,8 @@ def quantize_absmax(
     """Double quantization (QLoRA section 3): 8-bit codes for the block constants of one tensor.
 
     The mean is subtracted, then groups of `group_size` are scaled by their largest magnitude and
-    rounded to the signed dynamic map. Where block scales differ a lot, a restored absmax may come out
-    slightly negative: that is the reference's behavior too.
+    rounded to the signed dynamic map. Where block scales differ a lot, a restored absmax may come
+    out slightly negative: that is the reference's behavior too.
 
     Returns:
         Codes, the scale of each group, and the mean that was subtracted.

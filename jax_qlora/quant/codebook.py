@@ -55,7 +55,7 @@ def _codebook(levels: np.ndarray) -> Codebook:
 
 
 def _linspace(start: np.float32, stop: np.float32, num: int) -> np.ndarray:
-    """float32 linspace as torch's kernel rounds it: from both ends to the middle, one fused step."""
+    """float32 linspace as torch rounds it: from both ends to the middle, one fused step."""
     step = np.float64(np.float32((stop - start) / np.float32(num - 1)))
     i = np.arange(num)  # float64 products stand in for the fused multiply-add
     up, down = np.float64(start) + step * i, np.float64(stop) - step * (num - 1 - i)
@@ -79,9 +79,7 @@ def _dynamic_map() -> np.ndarray:
 
 CODEBOOKS = {
     "nf4": _codebook(np.array(_NF4, np.float32)),
-    "fp4": _codebook(
-        np.array([*_FP4_POSITIVE, *(0.0 - v for v in _FP4_POSITIVE)], np.float32)
-    ),
+    "fp4": _codebook(np.array([*_FP4_POSITIVE, *(0.0 - v for v in _FP4_POSITIVE)], np.float32)),
     "int4": _codebook((np.arange(16, dtype=np.float32) - 8) / np.float32(7)),
 }
 DYNAMIC_MAP = _dynamic_map()

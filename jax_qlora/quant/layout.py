@@ -15,8 +15,8 @@ class KernelLayout:
     """How the trailing axes of a kernel fold into the matrix `[rows, cols]`.
 
     Rows run over the output axes and cols over the contracted axes, each in their order in the
-    kernel: torch's `[out_features, in_features]`, whatever the library's own layout. Axes before the
-    trailing ones are `lead` axes (layers, experts) and stay in front.
+    kernel: torch's `[out_features, in_features]`, whatever the library's own layout. Axes before
+    the trailing ones are `lead` axes (layers, experts) and stay in front.
 
     Attributes:
         shape: Sizes of the trailing axes, e.g. `(in, out)`.
@@ -79,7 +79,8 @@ def make_layout(
         bad = [a for a in axes if not -ndim <= a < ndim]
         if bad or ndim < 2:
             raise InputError(
-                f"axis {bad or axes} of a kernel of shape {shape}: expected a kernel of two or more "
+                f"axis {bad or axes} of a kernel of shape {shape}: expected a kernel of two or "
+                f"more "
                 f"axes and axes in [-{ndim}, {ndim}). Pass in_axis and out_axis of this kernel."
             )
         return tuple(sorted(a % ndim - ndim for a in axes))
@@ -93,7 +94,8 @@ def make_layout(
     used = ins + outs
     if not outs or len(set(used)) != len(used) or set(used) != set(range(-len(used), 0)):
         raise InputError(
-            f"in_axis={in_axis}, out_axis={out_axis} of a kernel of shape {shape}: expected distinct "
+            f"in_axis={in_axis}, out_axis={out_axis} of a kernel of shape {shape}: expected "
+            f"distinct "
             "axes that are the last ones of the kernel, stacked layer and expert axes in front. "
             "Transpose the kernel, or name all its output axes in out_axis."
         )

@@ -3,8 +3,8 @@
 
 The kernel is dequantized in use: forward and backward each decode the packed codes again, so the
 only residual of a matmul is what is stored anyway, and no gradient of the kernel exists (QLoRA,
-equations 5 and 6). On a CPU the decoding goes tile by tile of rows, so that a tile stays in cache; on
-an accelerator the kernel is decoded whole, in the operand's dtype, for its library matmul.
+equations 5 and 6). On a CPU the decoding goes tile by tile of rows, so that a tile stays in cache;
+on an accelerator the kernel is decoded whole, in the operand's dtype, for its library matmul.
 """
 
 import functools
