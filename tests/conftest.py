@@ -28,4 +28,4 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.fixture
 def key(request: pytest.FixtureRequest) -> jax.Array:
     """A random key, the same in every run unless --seed says otherwise."""
-    return jax.random.key(int(request.config.getoption("--seed", 0)))
+    return jax.random.key(int(str(request.config.getoption("--seed"))))
