@@ -68,8 +68,9 @@ def make_dense(value: Any, use: str, allow: Allow) -> Any:
     if not isinstance(value, Weight) or not allow(value.path):
         raise InputError(
             f"'{value.path}' is quantized or adapted and reaches '{use}', which has no rule: "
-            "expected a matmul, an einsum or a row look-up over its whole contracted axes. Leave this path "
-            f"out of the targets, or let it be dense there: lift(f, materialize=['{value.path}'])."
+            "expected a matmul, an einsum or a row look-up over its whole contracted axes. Leave "
+            "this path out of the targets, or let it be dense there: "
+            f"lift(f, materialize=['{value.path}'])."
         )
     return value.dense()
 

@@ -8,6 +8,7 @@ takes the lower level, an all-zero block has absmax 0 and the code of level 0.
 """
 
 import functools
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -84,7 +85,7 @@ def dequantize_blockwise(
     *,
     format: str = "nf4",
     block_size: int = 64,
-    dtype=jnp.float32,
+    dtype: Any = jnp.float32,
 ) -> Float[Array, "*lead cols"]:
     """`level[code] * absmax` in float32, then cast; the padding of a short last block is kept."""
     values = pair_table(format)[packed]  # [..., packed, 2]: one look-up decodes a byte
@@ -98,6 +99,34 @@ def pair_table(format: str) -> Float32[Array, "256 2"]:
     levels = CODEBOOKS[format].levels
     byte = np.arange(256)
     return jnp.asarray(np.stack([levels[byte >> 4], levels[byte & 0xF]], axis=-1))
+
+
+def dequantize_planes(
+    packed: UInt8[Array, "rows packed"],
+    absmax: Float32[Array, "rows blocks"],
+    *,
+    format: str = "nf4",
+    block_size: int = 64,
+    dtype: Any = jnp.float32,
+) -> tuple[Float[Array, "rows packed"], Float[Array, "rows packed"]]:
+    """The even and the odd columns of `dequantize_blockwise`, for a matmul on a CPU.
+
+    Kept apart, both vectorize: interleaving the two nibbles of a byte, or looking bytes up in a
+    table, is scalar code and 3 times slower. A binary tree of selects gives the exact level.
+    """
+    rows, blocks = absmax.shape
+    scale = jnp.broadcast_to(absmax[..., None], (rows, blocks, block_size // 2))
+    scale = scale.reshape(packed.shape)
+
+    def level(nibble: Array) -> Array:
+        values = [jnp.float32(v) for v in CODEBOOKS[format].levels]
+        for bit in range(4):
+            is_set = ((nibble >> bit) & 1).astype(bool)
+            pairs = zip(values[0::2], values[1::2], strict=True)
+            values = [jnp.where(is_set, high, low) for low, high in pairs]
+        return values[0]
+
+    return (level(packed >> 4) * scale).astype(dtype), (level(packed & 0xF) * scale).astype(dtype)
 
 
 def quantize_absmax(

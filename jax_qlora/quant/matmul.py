@@ -16,9 +16,9 @@ from jax import lax
 
 from ..typing import Array, Float
 from .array import QuantizedArray, block_constants, dequantize_rows
-from .blockwise import dequantize_blockwise
+from .blockwise import dequantize_planes
 
-_TILE_ELEMENTS = 1 << 20  # decoded values a tile, 4 MiB in float32: stays in a core's L2 + L3 share
+_TILE_ELEMENTS = 1 << 20  # decoded values a tile: 4 MiB in float32, stays in cache
 
 
 def accumulator(dtype: Any) -> Any:
@@ -77,8 +77,6 @@ _matmul.defvjp(_matmul_fwd, _matmul_bwd)
 
 
 def _product(x: Array, q: QuantizedArray, transpose: bool, dtype: Any) -> Array:
-    if q.layout.rows * q.layout.cols <= _TILE_ELEMENTS:
-        return _whole(x, q, transpose, dtype)
     return lax.platform_dependent(
         x,
         q,
@@ -87,43 +85,53 @@ def _product(x: Array, q: QuantizedArray, transpose: bool, dtype: Any) -> Array:
     )
 
 
-def _whole(x: Array, q: QuantizedArray, transpose: bool, dtype: Any) -> Array:
+def _whole(x: Array, q: QuantizedArray, *, transpose: bool, dtype: Any) -> Array:
     w = dequantize_rows(q, x.dtype)
     return dot(x, w, 1, 0 if transpose else 1, dtype)
 
 
-def _tiled(x: Array, q: QuantizedArray, transpose: bool, dtype: Any) -> Array:
-    """One tile of rows at a time: decode, multiply, discard."""
-    rows, cols = q.layout.rows, q.layout.cols
-    tile = max(1, min(rows, _TILE_ELEMENTS // cols))
+def _tiled(x: Array, q: QuantizedArray, *, transpose: bool, dtype: Any) -> Array:
+    """One tile of rows at a time: decode, multiply, discard.
+
+    Even and odd columns of the kernel are decoded and multiplied apart (`dequantize_planes`).
+    """
+    rows, cols, width = q.layout.rows, q.layout.cols, q.codes.shape[1]
+    tile = max(1, min(rows, _TILE_ELEMENTS // (2 * width)))
     whole = rows // tile * tile
     absmax = block_constants(q)
-
-    def decode(codes: Array, absmax: Array) -> Array:
-        w = dequantize_blockwise(
-            codes, absmax, format=q.format, block_size=q.block_size, dtype=x.dtype
-        )
-        return w[:, :cols]
+    decode = functools.partial(
+        dequantize_planes, format=q.format, block_size=q.block_size, dtype=x.dtype
+    )
+    acc = accumulator(x.dtype)
 
     def cut(a: Array) -> Array:
         return a[:whole].reshape(-1, tile, a.shape[1])
 
     tiles = (cut(q.codes), cut(absmax))
     rest = (q.codes[whole:], absmax[whole:])
-    acc = accumulator(dtype)
     if not transpose:
-        _, y = lax.scan(lambda _, t: (None, dot(decode(*t), x, 1, 1, dtype)), None, tiles)
-        y = y.reshape(whole, x.shape[0])
-        if whole < rows:
-            y = jnp.concatenate([y, dot(decode(*rest), x, 1, 1, dtype)])
-        return y.T
+        x = jnp.pad(x, ((0, 0), (0, 2 * width - cols)))
+        even, odd = x[:, 0::2], x[:, 1::2]
 
-    def add(total: Array, tile_and_x: Any) -> tuple[Array, None]:
-        *t, x_tile = tile_and_x
-        return total + dot(x_tile, decode(*t), 0, 0, acc), None
+        def multiply(codes: Array, absmax: Array) -> Array:
+            w_even, w_odd = decode(codes, absmax)
+            return (dot(even, w_even, 1, 1, acc) + dot(odd, w_odd, 1, 1, acc)).astype(dtype)
 
-    total = jnp.zeros((x.shape[0], cols), acc)
-    total, _ = lax.scan(add, total, (*tiles, cut(x.T)))
+        if whole == tile:
+            y = multiply(q.codes[:tile], absmax[:tile])
+        else:
+            _, y = lax.scan(lambda _, t: (None, multiply(*t)), None, tiles)
+            y = jnp.moveaxis(y, 0, 1).reshape(x.shape[0], whole)
+        return jnp.concatenate([y, multiply(*rest)], axis=1) if whole < rows else y
+
+    def add(total: tuple[Array, Array], codes: Array, absmax: Array, x: Array) -> Any:
+        w_even, w_odd = decode(codes, absmax)
+        even, odd = total
+        return even + dot(x, w_even, 0, 0, acc), odd + dot(x, w_odd, 0, 0, acc)
+
+    xt = x.T
+    zero = jnp.zeros((x.shape[0], width), acc)
+    total, _ = lax.scan(lambda t, c: (add(t, *c), None), (zero, zero), (*tiles, cut(xt)))
     if whole < rows:
-        total, _ = add(total, (*rest, x.T[whole:]))
-    return total.astype(dtype)
+        total = add(total, *rest, xt[whole:])
+    return jnp.stack(total, axis=-1).reshape(x.shape[0], 2 * width)[:, :cols].astype(dtype)
