@@ -28,10 +28,11 @@ test: $(VENV)/.installed-dev
 	@$(BIN)/python -m pytest -n auto --maxprocesses 4 $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-dev
-	@$(BIN)/ruff check .
-	@$(BIN)/ruff format --check .
-	@$(BIN)/pyright --pythonpath $(BIN)/python
-	@$(BIN)/lint-imports --no-logo
+	@failed=; for tool in 'ruff check .' 'ruff format --check .' \
+	    'pyright --pythonpath $(BIN)/python' lint-imports; do \
+	  $(BIN)/$$tool || failed="$$failed [$$tool]"; \
+	done; \
+	test -z "$$failed" || { echo "failed:$$failed" >&2; exit 1; }
 
 format: $(VENV)/.installed-dev
 	@$(BIN)/ruff check --fix .

@@ -56,7 +56,7 @@ def test_the_core_needs_only_jax_and_numpy():
 
 def test_import_contracts_hold():
     lint = Path(sys.executable).with_name("lint-imports")
-    run = subprocess.run([lint, "--no-logo"], cwd=ROOT, capture_output=True, text=True)
+    run = subprocess.run([lint], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
 
 
