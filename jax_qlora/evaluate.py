@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is measured: the loss of answers, and answers to held-out prompts."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from .data.batches import make_batch, padded_length
+from .data.encode import Encoded
+from .lora import attach
+from .models import Model
+from .typing import Array, Float, PyTree
+
+Batch = dict[str, Any]
+
+
+def assemble(trainable: PyTree, frozen: PyTree | None, *, dropout_key: Any = None) -> PyTree:
+    """Return the parameter tree to run: an adapter on its base, or weights that all train.
+
+    Args:
+        trainable: An adapter, or with `frozen=None` the whole parameter tree.
+        frozen: The base, or None.
+        dropout_key: Random key of this step's dropout; None for none.
+    """
+    return trainable if frozen is None else attach(frozen, trainable, dropout_key=dropout_key)
+
+
+def answer_loss(
+    model: Model, params: PyTree, batch: Batch, *, width: int, chunk: int = 1024
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Return the summed cross-entropy of the answer tokens of a batch, and how many they are.
+
+    Only the hidden states before answer tokens meet the output head, at most `chunk` of them at
+    once, so logits of all positions never exist.
+
+    Args:
+        model: The decoder.
+        params: The parameter tree, from `assemble`.
+        batch: From `make_batch`: tokens, loss_mask and attention_mask, each `[batch, seq]`.
+        width: Answer tokens of a row that are counted, from its start; `answer_width` gives the
+            least that counts all.
+        chunk: Positions whose logits exist at once.
+
+    Returns:
+        float32 sum of negative log-likelihoods in nats, float32 count.
+    """
+    hidden = model.hidden(params, batch["tokens"], attention_mask=batch["attention_mask"])
+    wanted = batch["loss_mask"][:, 1:]  # the hidden state at t predicts token t + 1
+    places = jnp.argsort(~wanted, axis=1, stable=True)[:, :width]
+    weights = jnp.take_along_axis(wanted, places, axis=1).astype(jnp.float32)
+    targets = jnp.take_along_axis(batch["tokens"][:, 1:], places, axis=1)
+    states = jnp.take_along_axis(hidden[:, :-1], places[..., None], axis=1)
+
+    def loss(states: Array, targets: Array, weights: Array) -> Array:
+        logits = model.head(params, states).astype(jnp.float32)
+        nll = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+        return jnp.sum(nll * weights)
+
+    rows = (states.reshape(-1, states.shape[-1]), targets.reshape(-1), weights.reshape(-1))
+    return _sum_in_chunks(loss, rows, chunk), jnp.sum(weights)
+
+
+def _sum_in_chunks(loss: Callable[..., Array], rows: tuple[Array, ...], chunk: int) -> Array:
+    """Sum `loss` over slices of `chunk` rows, recomputing each slice in the backward."""
+    count = rows[0].shape[0]
+    if count <= chunk:
+        return loss(*rows)
+    slices = -(-count // chunk)
+    padding = slices * chunk - count
+
+    def split(x: Array) -> Array:
+        x = jnp.pad(x, [(0, padding)] + [(0, 0)] * (x.ndim - 1))
+        return x.reshape(slices, chunk, *x.shape[1:])
+
+    def add(total: Array, part: tuple[Array, ...]) -> tuple[Array, None]:
+        return total + loss(*part), None
+
+    add = jax.checkpoint(add, prevent_cse=False)
+    return jax.lax.scan(add, jnp.float32(0), tuple(map(split, rows)))[0]
+
+
+def answer_width(encoded: Sequence[Encoded], *, multiple: int = 4) -> int:
+    """Return the largest number of answer tokens in an example, rounded up to a multiple.
+
+    Args:
+        encoded: The examples.
+        multiple: What to round up to.
+    """
+    most = max(int(example.loss_mask.sum()) for example in encoded)
+    return -(-most // multiple) * multiple
+
+
+def held_out_batches(
+    encoded: Sequence[Encoded], *, batch_size: int, length_multiple: int
+) -> list[Batch]:
+    """Return batches of one shape that count every example once.
+
+    Args:
+        encoded: The examples, at least one.
+        batch_size: Rows of a batch.
+        length_multiple: The length is the longest example's, rounded up to a multiple of this.
+    """
+    length = padded_length(encoded, multiple=length_multiple)
+    batches = []
+    for start in range(0, len(encoded), batch_size):
+        rows = np.arange(start, start + batch_size)
+        batch = make_batch([encoded[row] for row in rows % len(encoded)], length)
+        batch["loss_mask"][rows >= len(encoded)] = False
+        batches.append(batch)
+    return batches
+
+
+def held_out_loss(
+    loss: Callable[[Batch], tuple[Array, Array]],
+    batches: Sequence[Batch],
+    *,
+    stop: Callable[[], bool] = lambda: False,
+) -> float:
+    """Return the mean loss per answer token over all batches.
+
+    Args:
+        loss: `answer_loss` of one batch, jitted, parameters bound.
+        batches: From `held_out_batches`.
+        stop: Asked before each batch; True ends early with NaN.
+    """
+    total, count = 0.0, 0.0
+    for batch in batches:
+        if stop():
+            return float("nan")
+        part, tokens = loss(batch)
+        total, count = total + float(part), count + float(tokens)
+    return total / max(count, 1.0)
+
+
+def split_answer(encoded: Encoded) -> tuple[np.ndarray, np.ndarray]:
+    """Return the tokens before an example's last answer, and that answer.
+
+    >>> mask = np.array([False, True, False, True, True])
+    >>> split_answer(Encoded(tokens=np.arange(5, dtype=np.int32), loss_mask=mask))
+    (array([0, 1, 2], dtype=int32), array([3, 4], dtype=int32))
+
+    Args:
+        encoded: The example; with plain text to learn, the prompt is its first token.
+    """
+    last = int(np.flatnonzero(encoded.loss_mask)[-1])
+    others = np.flatnonzero(~encoded.loss_mask[: last + 1])
+    start = int(others[-1]) + 1 if others.size else 0
+    return encoded.tokens[:start], encoded.tokens[start : last + 1]
