@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The key-value header of a GGUF file, read in a twentieth of a second.
+
+The `gguf` package reads it too, but makes a NumPy view of each of a vocabulary's strings (seconds).
+
+References:
+    https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+"""
+
+import struct
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from ..errors import InputError
+
+# Kinds of values, and how `struct` spells those of fixed size.
+_NUMBERS: dict[int, str] = dict(
+    zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True)
+)
+_STRING, _ARRAY = 8, 9
+
+
+def read_gguf_metadata(path: str | Path) -> dict[str, Any]:
+    """Return the metadata of a GGUF file: key -> number, string or list of these.
+
+    Args:
+        path: a GGUF file, version 2 or 3, little-endian.
+
+    Raises:
+        InputError: the file is missing, is no GGUF file, or ends inside the header.
+    """
+    try:
+        with Path(path).open("rb") as file:
+            return _Header(file, Path(path).stat().st_size).read()
+    except FileNotFoundError as error:
+        raise InputError(f"No GGUF file at '{path}'.") from error
+    except (struct.error, EOFError, UnicodeDecodeError, KeyError) as error:
+        raise InputError(
+            f"'{path}' is not a complete GGUF file (version 2 or 3): its header cannot be read "
+            f"({error}). Download it again."
+        ) from error
+
+
+class _Header:
+    def __init__(self, file: BinaryIO, size: int):
+        self.file = file
+        self.size = size
+
+    def read(self) -> dict[str, Any]:
+        magic, version, _, count = self.numbers("4sIQQ")
+        if magic != b"GGUF" or version not in (2, 3):
+            raise EOFError(f"it starts with {magic!r}, version {version}")
+        values = {}
+        for _ in range(count):
+            key = self.string()
+            values[key] = self.value(self.numbers("I")[0])
+        return values
+
+    def value(self, kind: int) -> Any:
+        if kind == _STRING:
+            return self.string()
+        if kind != _ARRAY:
+            return self.numbers(_NUMBERS[kind])[0]
+        item, count = self.numbers("IQ")
+        if item in _NUMBERS:
+            return list(self.numbers(f"{count}{_NUMBERS[item]}"))
+        return [self.value(item) for _ in range(count)]
+
+    def string(self) -> str:
+        return self.bytes(self.numbers("Q")[0]).decode("utf-8")
+
+    def numbers(self, layout: str) -> tuple[Any, ...]:
+        return struct.unpack("<" + layout, self.bytes(struct.calcsize("<" + layout)))
+
+    def bytes(self, count: int) -> bytes:
+        if count > self.size:  # damaged: do not try to allocate it
+            raise EOFError(f"it announces {count} bytes in a file of {self.size}")
+        data = self.file.read(count)
+        if len(data) < count:
+            raise EOFError("it ends too early")
+        return data

@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+import json
+import shutil
+import subprocess
+import sys
+
+import gguf
+import pytest
+
+from jax_qlora.errors import InputError
+from jax_qlora.interop.gguf_metadata import read_gguf_metadata
+from jax_qlora.interop.tokenizer import load_tokenizer, tokenizer_from_gguf
+from tests.helpers import GOLDEN
+
+LLAMA = GOLDEN / "models/llama"
+EXPECTED = json.loads((GOLDEN / "tokenizer_outputs.json").read_text())
+
+
+@pytest.fixture
+def metadata():
+    """The golden tokenizer as GGUF metadata."""
+    tokenizer = json.loads((LLAMA / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    special = {token["content"] for token in tokenizer["added_tokens"]}
+    tokens = sorted(vocabulary, key=vocabulary.__getitem__)
+    return {
+        "general.architecture": "llama",
+        "llama.context_length": 128,
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "gpt-2",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [3 if token in special else 1 for token in tokens],
+        "tokenizer.ggml.merges": [" ".join(merge) for merge in tokenizer["model"]["merges"]],
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+        "tokenizer.ggml.padding_token_id": 0,
+        "tokenizer.chat_template": (LLAMA / "chat_template.jinja").read_text(),
+    }
+
+
+def write_gguf(path, metadata):
+    writer = gguf.GGUFWriter(path, metadata["general.architecture"])
+    for key, value in metadata.items():
+        if key == "general.architecture":
+            continue
+        if isinstance(value, list):
+            writer.add_array(key, value)
+        elif isinstance(value, bool):
+            writer.add_bool(key, value)
+        elif isinstance(value, int):
+            writer.add_uint32(key, value)
+        else:
+            writer.add_string(key, value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    return path
+
+
+def check_golden(tokenizer):
+    for case in EXPECTED["texts"]:
+        assert tokenizer(case["text"])["input_ids"] == case["ids"]
+        no_special = tokenizer(case["text"], add_special_tokens=False)["input_ids"]
+        assert no_special == case["ids_no_special"]
+        assert tokenizer.decode(case["ids"]) == case["decoded"]
+        skipped = tokenizer.decode(case["ids"], skip_special_tokens=True)
+        assert skipped == case["decoded_skip_special"]
+    for case in EXPECTED["chats"]:
+        rendered = tokenizer.apply_chat_template(case["messages"], tokenize=False)
+        assert rendered == case["rendered"]
+        assert tokenizer(rendered, add_special_tokens=False)["input_ids"] == case["ids"]
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (1, 2, 0)
+    assert tokenizer.model_max_length == 128
+
+
+def test_a_directory_equals_the_reference():
+    check_golden(load_tokenizer(LLAMA))
+
+
+def test_the_chat_template_may_be_in_the_config(tmp_path):
+    shutil.copy(LLAMA / "tokenizer.json", tmp_path)
+    config = json.loads((LLAMA / "tokenizer_config.json").read_text())
+    config["chat_template"] = (LLAMA / "chat_template.jinja").read_text()
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    check_golden(load_tokenizer(tmp_path))
+
+
+def test_a_gguf_file_equals_the_reference(tmp_path, metadata):
+    path = write_gguf(tmp_path / "model.gguf", metadata)
+    assert metadata.items() <= read_gguf_metadata(path).items()
+    check_golden(load_tokenizer(path))
+
+
+def test_splitting_rules_of_gguf(metadata):
+    def words(pre, text):
+        tokenizer = tokenizer_from_gguf(metadata | {"tokenizer.ggml.pre": pre})
+        splits = tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str(text)
+        return [word.replace("Ġ", " ") for word, _ in splits]
+
+    assert words("gpt-2", "in 1234 don't") == ["in", " 1234", " don", "'t"]
+    assert words("smollm", "in 1234 don't") == ["in", " ", "1", "2", "3", "4", " don", "'t"]
+    assert words("llama-bpe", "in 1234 DON'T") == ["in", " ", "123", "4", " DON", "'T"]
+
+
+def test_a_beginning_of_sequence_is_added_only_where_the_file_says_so(metadata):
+    tokenizer = tokenizer_from_gguf(metadata | {"tokenizer.ggml.add_bos_token": True})
+    assert tokenizer("a")["input_ids"] == [
+        1,
+        *tokenizer("a", add_special_tokens=False)["input_ids"],
+    ]
+    tokenizer = tokenizer_from_gguf(metadata | {"tokenizer.ggml.add_bos_token": False})
+    assert tokenizer("a")["input_ids"][0] != 1
+
+
+def test_user_defined_tokens_stay_whole_and_visible(metadata):
+    kinds = list(metadata["tokenizer.ggml.token_type"])
+    kinds[6] = 4  # <|end|>
+    tokenizer = tokenizer_from_gguf(metadata | {"tokenizer.ggml.token_type": kinds})
+    ids = tokenizer("a<|end|>")["input_ids"]
+    assert ids[-1] == 6
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "a<|end|>"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tokenizer.ggml.model": "llama"}, "'llama' with .* is not read: expected 'gpt2'"),
+        ({"tokenizer.ggml.pre": "qwen9"}, "pre 'qwen9' is not read"),
+        ({"tokenizer.ggml.tokens": None}, "holds no complete tokenizer"),
+        ({"tokenizer.ggml.merges": None}, "holds no complete tokenizer"),
+        ({"tokenizer.ggml.token_type": [1]}, "holds no complete tokenizer"),
+    ],
+)
+def test_unknown_gguf_tokenizers_are_refused(metadata, change, message):
+    with pytest.raises(InputError, match=message):
+        tokenizer_from_gguf(metadata | change)
+
+
+def test_damaged_gguf_files_are_refused(tmp_path, metadata):
+    whole = write_gguf(tmp_path / "whole.gguf", metadata).read_bytes()
+    path = tmp_path / "bad.gguf"
+    for content in (b"", b"GGUF", b"GGUX" + whole[4:], whole[:1000], whole[: len(whole) // 2]):
+        path.write_bytes(content)
+        with pytest.raises(InputError, match=r"bad.gguf' is not a complete GGUF file"):
+            read_gguf_metadata(path)
+    path.write_bytes(whole[:24] + b"\xff" * 8 + whole[32:])  # a string of 2**64 - 1 bytes
+    with pytest.raises(InputError, match="announces"):
+        read_gguf_metadata(path)
+    with pytest.raises(InputError, match="No GGUF file at"):
+        read_gguf_metadata(tmp_path / "none.gguf")
+
+
+def test_directories_without_tokenizer_are_refused(tmp_path):
+    (tmp_path / "tokenizer.model").touch()
+    with pytest.raises(InputError, match=r"No tokenizer.json .*found: tokenizer.model"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(InputError, match="cannot be read"):
+        load_tokenizer(tmp_path)
+    with pytest.raises(InputError, match="No tokenizer at"):
+        load_tokenizer(tmp_path / "none")
+
+
+def test_no_torch_and_no_noise():
+    code = (
+        "import sys; from jax_qlora.interop.tokenizer import load_tokenizer; "
+        f"load_tokenizer({str(LLAMA)!r}); assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
