@@ -8,10 +8,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ..errors import InputError
 from ..tree import pytree
-from ..typing import Array, Float, UInt8
+from ..typing import Array, Float, Shaped, UInt8
 from .blockwise import (
     GROUP_SIZE,
     dequantize_absmax,
@@ -112,6 +113,13 @@ class QuantizedArray:
             parts.append(f"rows padded by {padded}")
         return f"QuantizedArray({', '.join(parts)})"
 
+    def __jax_array__(self) -> Array:
+        raise InputError(
+            f"{self!r} was used as an array: expected a function run by jax_qlora.lift, found jax "
+            "applied to the packed kernel itself. Call lift(f)(params, ...) instead of "
+            "f(params, ...), or make it dense with jax_qlora.dequantize."
+        )
+
     @staticmethod
     def from_parts(
         *,
@@ -196,7 +204,7 @@ def _check_format(format: str) -> None:
 
 
 def quantize_array(
-    w: Float[Array, "..."],
+    w: Shaped[Array | np.ndarray, "..."],
     *,
     in_axis: int | tuple[int, ...] = -2,
     out_axis: int | tuple[int, ...] | None = None,
@@ -244,7 +252,7 @@ def quantize_array(
 
 
 def quantize_rows(
-    rows: Float[Array, "*lead rows cols"],
+    rows: Shaped[Array | np.ndarray, "*lead rows cols"],
     *,
     dtype: Any = None,
     format: str = "nf4",
