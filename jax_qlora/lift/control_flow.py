@@ -144,7 +144,8 @@ def _scanned(weight: Weight) -> View:
     if view is None:
         raise InputError(
             f"'{weight.path}' is scanned over an axis that is contracted or moved: expected a "
-            "stacked axis in front. Put the layer axis first, or leave this path out of the targets."
+            "stacked axis in front. Put the layer axis first, or leave this path out of the "
+            "targets."
         )
     return view
 

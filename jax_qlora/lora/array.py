@@ -160,9 +160,8 @@ def _update(transpose: bool, scale: float, dtype: Any, x: Array, a: Array, b: Ar
 
 def _update_fwd(transpose: bool, scale: float, dtype: Any, x: Array, a: Array, b: Array):
     k_axis, n_axis = (0, 1) if transpose else (1, 0)  # of a, of b; the other axis is the rank
-    h = dot(x, a.astype(x.dtype), 1, k_axis, x.dtype)
-    y = dot(h, b.astype(x.dtype), 1, 1 - n_axis, dtype) * jnp.asarray(scale, dtype)
-    return y, (x, h, a, b)
+    h = dot(x, a.astype(x.dtype), 1, k_axis, x.dtype) * jnp.asarray(scale, x.dtype)
+    return dot(h, b.astype(x.dtype), 1, 1 - n_axis, dtype), (x, h, a, b)
 
 
 def _update_bwd(transpose: bool, scale: float, dtype: Any, residuals: Any, g: Array):
@@ -170,12 +169,20 @@ def _update_bwd(transpose: bool, scale: float, dtype: Any, residuals: Any, g: Ar
     # the whole matmul); the gradients of the factors are summed and kept in float32
     x, h, a, b = residuals
     k_axis, n_axis = (0, 1) if transpose else (1, 0)
-    g = (g * jnp.asarray(scale, g.dtype)).astype(x.dtype)
-    gh = dot(g, b.astype(x.dtype), 1, n_axis, x.dtype)
+    g = g.astype(x.dtype)
+    gh = dot(g, b.astype(x.dtype), 1, n_axis, x.dtype) * jnp.asarray(scale, x.dtype)
     dx = dot(gh, a.astype(x.dtype), 1, 1 - k_axis, x.dtype)
-    da = dot(x, gh, 0, 0, a.dtype) if transpose else dot(gh, x, 0, 0, a.dtype)
-    db = dot(h, g, 0, 0, b.dtype) if transpose else dot(g, h, 0, 0, b.dtype)
-    return dx, da, db
+    if transpose:
+        return dx, _tall(gh, x, a.dtype), dot(h, g, 0, 0, b.dtype)
+    return dx, dot(gh, x, 0, 0, a.dtype), _tall(h, g, b.dtype)
+
+
+def _tall(thin: Array, wide: Array, dtype: Any) -> Array:
+    """`wide.T @ thin` by way of `thin.T @ wide`, on a CPU 4 to 7 times faster.
+
+    The barrier keeps XLA from simplifying the transpose of the product back into the slow form.
+    """
+    return jax.lax.optimization_barrier(dot(thin, wide, 0, 0, dtype)).T
 
 
 _update.defvjp(_update_fwd, _update_bwd)
