@@ -1,0 +1,13 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One Flax NNX decoder whose configuration is data, as pure functions of a parameter tree."""
+
+from .config import DecoderConfig as DecoderConfig
+from .config import RopeScaling as RopeScaling
+from .decoder import Cache as Cache
+from .decoder import Decoder as Decoder
+from .model import DecoderFunctions as DecoderFunctions
+from .model import Model as Model
+from .model import abstract_params as abstract_params
+from .model import decoder_functions as decoder_functions
+from .model import init_cache as init_cache
+from .model import init_params as init_params

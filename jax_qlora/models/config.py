@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The shape of a decoder, as data: all that a checkpoint's configuration says of the numbers."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from ..errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """How rotary frequencies are stretched for contexts longer than the pretraining ones.
+
+    Attributes:
+        kind: `"linear"` divides every frequency by `factor`; `"llama3"` divides low frequencies
+            only and blends in between (Llama 3.1, as `transformers` computes it).
+        factor: The stretch, at least 1.
+        low_freq_factor: `"llama3"`: wavelengths above `original_length / low_freq_factor` are
+            stretched in full.
+        high_freq_factor: `"llama3"`: wavelengths below `original_length / high_freq_factor` are
+            left alone.
+        original_length: `"llama3"`: the context of the pretraining, in tokens.
+    """
+
+    kind: Literal["linear", "llama3"]
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_length: int = 8192
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderConfig:
+    """A Llama-style decoder: RMSNorm, rotary positions, grouped-query attention, SwiGLU.
+
+    Everything that changes the numbers is a field here, and nothing else is: two models with equal
+    configurations compute the same function of their parameters.
+
+    Attributes:
+        vocab_size: Rows of the embedding.
+        d_model: Width of the residual stream.
+        d_ff: Width of the gated MLP.
+        n_layers: Number of layers, stacked on the leading axis of every layer parameter.
+        n_heads: Query heads.
+        n_kv_heads: Key and value heads; divides `n_heads`.
+        head_dim: Width of a head; even. `n_heads * head_dim` need not be `d_model`.
+        max_length: Context length in tokens.
+        norm_eps: Added to the mean square in RMSNorm.
+        rope_theta: Base of the rotary frequencies.
+        rope_scaling: How they are stretched, or None.
+        tied: Whether the output head is the embedding.
+        qkv_bias: Whether the query, key and value projections have a bias.
+        out_bias: Whether the attention's output projection has a bias.
+        mlp_bias: Whether the linears of the MLP have a bias.
+        family: The architecture, as the `model_type` of `transformers` names it.
+        bos_token_id: Start-of-text token, if any.
+        eos_token_ids: Tokens that end a text; may be empty.
+        pad_token_id: Padding token, if any.
+    """
+
+    vocab_size: int
+    d_model: int
+    d_ff: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    max_length: int
+    norm_eps: float = 1e-5
+    rope_theta: float = 10_000.0
+    rope_scaling: RopeScaling | None = None
+    tied: bool = False
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    family: str = "llama"
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+    pad_token_id: int | None = None
+
+
+def validate_config(config: DecoderConfig) -> DecoderConfig:
+    """Return `config` if a decoder of that shape can exist.
+
+    Args:
+        config: The configuration to check.
+
+    Returns:
+        `config` itself.
+
+    Raises:
+        InputError: A size is not positive, or sizes do not fit each other.
+    """
+    sizes = (
+        "vocab_size", "d_model", "d_ff", "n_layers", "n_heads", "n_kv_heads", "head_dim",
+        "max_length",
+    )  # fmt: skip
+    for name in sizes:
+        value = getattr(config, name)
+        if value < 1:
+            raise InputError(f"Model configuration: {name} is {value}; it must be at least 1.")
+    if config.n_heads % config.n_kv_heads:
+        raise InputError(
+            f"Model configuration: n_heads ({config.n_heads}) is not a multiple of n_kv_heads "
+            f"({config.n_kv_heads}); every key/value head serves the same number of query heads."
+        )
+    if config.head_dim % 2:
+        raise InputError(
+            f"Model configuration: head_dim is {config.head_dim}; rotary positions need it even."
+        )
+    for name in ("norm_eps", "rope_theta"):
+        value = getattr(config, name)
+        if not (value > 0 and math.isfinite(value)):
+            raise InputError(
+                f"Model configuration: {name} is {value}; it must be positive and finite."
+            )
+    scaling = config.rope_scaling
+    if scaling is not None and not (scaling.factor >= 1 and math.isfinite(scaling.factor)):
+        raise InputError(
+            f"Model configuration: the rope scaling factor is {scaling.factor}; expected >= 1."
+        )
+    if scaling is not None and scaling.high_freq_factor <= scaling.low_freq_factor:
+        raise InputError(
+            f"Model configuration: rope scaling needs high_freq_factor "
+            f"({scaling.high_freq_factor}) above low_freq_factor ({scaling.low_freq_factor})."
+        )
+    return config

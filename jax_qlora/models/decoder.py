@@ -1,0 +1,251 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The decoder as Flax NNX modules: plain model code that knows nothing of adapters or 4 bits.
+
+Attributes are named as Hugging Face names its modules, so a parameter's path is its name there. The
+layers are one module whose parameters have a leading layer axis, scanned by `nnx.scan`.
+"""
+
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jax.typing import DTypeLike
+
+from ..typing import Array, Bool, Float, Int
+from .attention import (
+    as_valid,
+    attention_mask_of,
+    default_positions,
+    grouped_query_attention,
+)
+from .config import DecoderConfig
+from .layers import LINEAR_OUTPUT, Embed, Linear, RMSNorm
+from .matmul import matmul
+from .rope import rope_angles, rotate
+
+Remat = Literal["none", "dots", "full"]
+"""What the backward recomputes of a layer: nothing, all but the linears' outputs, or everything."""
+
+
+class Cache(NamedTuple):
+    """Keys and values of the tokens seen so far, for decoding.
+
+    Attributes:
+        k: `[layers, batch, n_kv_heads, max_len, head_dim]`, rotated keys in the compute dtype.
+        v: Values, likewise.
+        valid: Bool `[batch, max_len]`: which slots hold a token that is not padding.
+        length: int32 scalar, slots written so far, padding included.
+    """
+
+    k: Array
+    v: Array
+    valid: Array
+    length: Array
+
+
+class _Context(NamedTuple):
+    """What all layers share: rotations, and who sees whom."""
+
+    angles: tuple[Array, Array]
+    mask: Array
+
+
+class _Caches(NamedTuple):
+    """The caches of all layers, on their way through the scan, and where to write in them."""
+
+    k: Array
+    v: Array
+    layer: Array
+    slot: Array
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention with rotary positions."""
+
+    def __init__(self, config: DecoderConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        d, q_dim = config.d_model, config.n_heads * config.head_dim
+        kv_dim = config.n_kv_heads * config.head_dim
+
+        def linear(d_in: int, d_out: int, use_bias: bool) -> Linear:
+            return Linear(d_in, d_out, use_bias=use_bias, dtype=dtype, rngs=rngs)
+
+        self.config = config
+        self.q_proj = linear(d, q_dim, config.qkv_bias)
+        self.k_proj = linear(d, kv_dim, config.qkv_bias)
+        self.v_proj = linear(d, kv_dim, config.qkv_bias)
+        self.o_proj = linear(q_dim, d, config.out_bias)
+
+    def __call__(
+        self,
+        x: Float[Array, "batch seq d"],
+        context: _Context,
+        caches: _Caches | None,
+    ) -> tuple[Float[Array, "batch seq d"], _Caches | None]:
+        """Attend to `x` itself, or, with caches, to what they hold and `x`."""
+        heads = (*x.shape[:2], -1, self.config.head_dim)
+        q = rotate(self.q_proj(x).reshape(heads), context.angles)
+        k = rotate(self.k_proj(x).reshape(heads), context.angles)
+        v = self.v_proj(x).reshape(heads)
+        k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
+        if caches is not None:
+            layer = caches.layer
+            # one array for all layers, which the loop carries and updates in place
+            at = (layer, 0, 0, caches.slot, 0)
+            all_k = lax.dynamic_update_slice(caches.k, k[None], at)
+            all_v = lax.dynamic_update_slice(caches.v, v[None], at)
+            caches = _Caches(all_k, all_v, layer + 1, caches.slot)
+            k = lax.dynamic_index_in_dim(all_k, layer, keepdims=False)
+            v = lax.dynamic_index_in_dim(all_v, layer, keepdims=False)
+        scale = self.config.head_dim**-0.5
+        out = grouped_query_attention(q, k, v, context.mask, scale=scale)
+        return self.o_proj(out.reshape(*x.shape[:2], -1)), caches
+
+
+class MLP(nnx.Module):
+    """The gated MLP `down(silu(gate(x)) * up(x))` (Shazeer, arXiv 2002.05202)."""
+
+    def __init__(self, config: DecoderConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        d, d_ff, bias = config.d_model, config.d_ff, config.mlp_bias
+        self.gate_proj = Linear(d, d_ff, use_bias=bias, dtype=dtype, rngs=rngs)
+        self.up_proj = Linear(d, d_ff, use_bias=bias, dtype=dtype, rngs=rngs)
+        self.down_proj = Linear(d_ff, d, use_bias=bias, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "batch seq d"]) -> Float[Array, "batch seq d"]:
+        """Apply the MLP at each position."""
+        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Layer(nnx.Module):
+    """One pre-norm transformer layer."""
+
+    def __init__(self, config: DecoderConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        self.input_layernorm = RMSNorm(config.d_model, eps=config.norm_eps)
+        self.self_attn = Attention(config, dtype=dtype, rngs=rngs)
+        self.post_attention_layernorm = RMSNorm(config.d_model, eps=config.norm_eps)
+        self.mlp = MLP(config, dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self,
+        x: Float[Array, "batch seq d"],
+        context: _Context,
+        caches: _Caches | None,
+    ) -> tuple[Float[Array, "batch seq d"], _Caches | None]:
+        """Return the residual stream after this layer, and the updated caches."""
+        attended, caches = self.self_attn(self.input_layernorm(x), context, caches)
+        x = x + attended
+        return x + self.mlp(self.post_attention_layernorm(x)), caches
+
+
+class Decoder(nnx.Module):
+    """A Llama-style decoder.
+
+    Args:
+        config: The model's shape.
+        dtype: Compute dtype: operands of the matmuls and the residual stream. Norms, rotations,
+            softmax and logits are float32.
+        remat: What the backward recomputes of each layer.
+        rngs: Keys of the random initialization.
+    """
+
+    def __init__(
+        self, config: DecoderConfig, *, dtype: DTypeLike, remat: Remat = "none", rngs: nnx.Rngs
+    ):
+        @nnx.split_rngs(splits=config.n_layers)
+        @nnx.vmap(in_axes=0, out_axes=0)
+        def stack(rngs: nnx.Rngs) -> Layer:
+            return Layer(config, dtype=dtype, rngs=rngs)
+
+        self.config: DecoderConfig = config
+        self.remat: Remat = remat
+        self.embed_tokens = Embed(config.vocab_size, config.d_model, dtype=dtype, rngs=rngs)
+        self.layers = stack(rngs)
+        self.norm = RMSNorm(config.d_model, eps=config.norm_eps)
+        tied = config.tied
+        self.lm_head = (
+            None if tied else Head(config.d_model, config.vocab_size, dtype=dtype, rngs=rngs)
+        )
+
+    def hidden(
+        self,
+        tokens: Int[Array, "batch seq"],
+        *,
+        attention_mask: Array | None = None,
+        positions: Int[Array, "batch seq"] | None = None,
+        segment_ids: Int[Array, "batch seq"] | None = None,
+    ) -> Float[Array, "batch seq d"]:
+        """Return the final residual stream after the last norm, what `head` takes."""
+        valid = as_valid(attention_mask, tokens)
+        if positions is None:
+            positions = default_positions(valid, segment_ids)
+        mask = attention_mask_of(valid, segment_ids)
+        context = _Context(rope_angles(self.config, positions), mask)
+
+        def body(layer: Layer, x: Array, context: _Context) -> Array:
+            return layer(x, context, None)[0]
+
+        if self.remat != "none":
+            # inside a scan nothing can be shared between forward and backward anyway
+            body = nnx.remat(body, prevent_cse=False, policy=_policy(self.remat))
+        scan = nnx.scan(body, in_axes=(0, nnx.Carry, None), out_axes=nnx.Carry)
+        x = scan(self.layers, self.embed_tokens(tokens), context)
+        return self.norm(x)
+
+    def head(self, hidden: Float[Array, "*lead d"]) -> Float[Array, "*lead vocab"]:
+        """Return float32 logits of final hidden states."""
+        rows = hidden.reshape(-1, hidden.shape[-1])
+        logits = self.embed_tokens.attend(rows) if self.lm_head is None else self.lm_head(rows)
+        return logits.reshape(*hidden.shape[:-1], -1)
+
+    def decode(
+        self,
+        tokens: Int[Array, "batch seq"],
+        cache: Cache,
+        *,
+        attention_mask: Array | None = None,
+        positions: Int[Array, "batch seq"] | None = None,
+    ) -> tuple[Float[Array, "batch seq d"], Cache]:
+        """Return final hidden states of `tokens`, which follow those in `cache`, and the cache."""
+        valid = as_valid(attention_mask, tokens)
+        if positions is None:
+            seen = jnp.sum(cache.valid, axis=-1, keepdims=True, dtype=jnp.int32)
+            positions = seen + default_positions(valid)
+        end = cache.length + tokens.shape[1]
+        all_valid = lax.dynamic_update_slice(cache.valid, valid, (0, cache.length))
+        mask = cache_mask(all_valid, cache.length, tokens.shape[1])
+        context = _Context(rope_angles(self.config, positions), mask)
+
+        def body(layer: Layer, carry: tuple, context: _Context) -> tuple:
+            x, caches = carry
+            return layer(x, context, caches)
+
+        scan = nnx.scan(body, in_axes=(0, nnx.Carry, None), out_axes=nnx.Carry)
+        caches = _Caches(cache.k, cache.v, jnp.int32(0), cache.length)
+        x, caches = scan(self.layers, (self.embed_tokens(tokens), caches), context)
+        # a full cache would overwrite its last slots: better no answer than a wrong one
+        x = jnp.where(end <= cache.valid.shape[1], self.norm(x), jnp.nan)
+        return x, Cache(caches.k, caches.v, all_valid, end)
+
+
+class Head(Linear):
+    """The output head: a linear that leaves its logits in float32."""
+
+    def __call__(self, x: Float[Array, "rows d_in"]) -> Float[Array, "rows d_out"]:
+        """Score each row against every token."""
+        return matmul(x.astype(self.dtype), self.kernel[...].astype(self.dtype))
+
+
+def cache_mask(
+    valid: Bool[Array, "batch slots"], start: Int[Array, ""], seq: int
+) -> Bool[Array, "batch seq slots"]:
+    """Say which cache slots each of `seq` new tokens, written from slot `start` on, may see."""
+    slots = jnp.arange(valid.shape[1])[None, None, :]
+    queries = (start + jnp.arange(seq))[None, :, None]
+    return valid[:, None, :] & (slots <= queries)
+
+
+def _policy(remat: Remat):
+    if remat == "full":
+        return None
+    return jax.checkpoint_policies.save_only_these_names(LINEAR_OUTPUT)

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Linear, RMSNorm and Embed as Flax NNX modules that keep parameters and compute dtypes apart."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
+
+from ..typing import Array, Float, Int
+from .matmul import matmul
+
+LINEAR_OUTPUT = "linear_output"
+"""Name of every linear's output, for the rematerialization policy that saves exactly those."""
+
+
+class Linear(nnx.Module):
+    """`x @ kernel + bias`, computed in one dtype whatever the dtype of the parameters.
+
+    Attributes:
+        kernel: `[d_in, d_out]`.
+        bias: `[d_out]`, or None.
+        dtype: dtype of the operands and of the result; sums are in float32.
+    """
+
+    def __init__(
+        self,
+        d_in: int,
+        d_out: int,
+        *,
+        use_bias: bool = False,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ):
+        self.kernel = nnx.Param(jax.random.normal(rngs.params(), (d_in, d_out)) * d_in**-0.5)
+        self.bias = nnx.Param(jnp.zeros((d_out,))) if use_bias else None
+        self.dtype = dtype
+
+    def __call__(self, x: Float[Array, "*lead d_in"]) -> Float[Array, "*lead d_out"]:
+        """Apply the linear to the last axis of `x`."""
+        # two dimensions: XLA's matmuls of higher rank are slower, above all in the backward
+        rows = x.reshape(-1, x.shape[-1]).astype(self.dtype)
+        y = matmul(rows, self.kernel[...].astype(self.dtype))
+        if self.bias is not None:
+            y = y + self.bias[...].astype(jnp.float32)[None]
+        y = y.astype(self.dtype).reshape(*x.shape[:-1], y.shape[-1])
+        return checkpoint_name(y, LINEAR_OUTPUT)
+
+
+class RMSNorm(nnx.Module):
+    """Division by the root mean square over the last axis, in float32, times a learned scale.
+
+    Attributes:
+        scale: `[d]`.
+        eps: Added to the mean square.
+
+    References:
+        Zhang and Sennrich, Root Mean Square Layer Normalization (arXiv 1910.07467).
+    """
+
+    def __init__(self, d: int, *, eps: float):
+        self.scale = nnx.Param(jnp.ones((d,)))
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "*lead d"]) -> Float[Array, "*lead d"]:
+        """Normalize `x`; the result has the dtype of `x`."""
+        wide = x.astype(jnp.float32)
+        mean_square = jnp.mean(wide * wide, axis=-1, keepdims=True)
+        normed = wide * jax.lax.rsqrt(mean_square + self.eps)
+        scale = jnp.expand_dims(self.scale[...].astype(jnp.float32), range(x.ndim - 1))
+        return (normed * scale).astype(x.dtype)
+
+
+class Embed(nnx.Module):
+    """A row of the table for each token; also the output head of a model that ties the two.
+
+    Attributes:
+        embedding: `[vocab, d]`.
+        dtype: dtype of the result, and of the operands of `attend`.
+    """
+
+    def __init__(self, vocab: int, d: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        self.embedding = nnx.Param(jax.random.normal(rngs.params(), (vocab, d)) * 0.02)
+        self.dtype = dtype
+
+    def __call__(self, tokens: Int[Array, "batch seq"]) -> Float[Array, "batch seq d"]:
+        """Look tokens up; one outside the vocabulary gives NaN, not some other token's row."""
+        return jnp.take(self.embedding[...], tokens, axis=0, mode="fill").astype(self.dtype)
+
+    def attend(self, x: Float[Array, "rows d"]) -> Float[Array, "rows vocab"]:
+        """Score each row against every token: logits in float32."""
+        table = self.embedding[...].astype(self.dtype)
+        return matmul(x.astype(self.dtype), table, y_axis=-1)

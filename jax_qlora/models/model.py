@@ -1,0 +1,316 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A decoder as pure functions of its parameters, and a loaded model that carries both."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any, cast, get_args
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from ..errors import InputError
+from ..typing import Array, Float, Int, Key, PyTree
+from .config import DecoderConfig, validate_config
+from .decoder import Cache, Decoder, Remat
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderFunctions:
+    """The functions of one decoder; the first argument of each is the parameter tree.
+
+    Attributes:
+        apply: `(params, tokens, *, attention_mask, positions, segment_ids) -> logits`.
+        hidden: The same arguments; final hidden states instead of logits.
+        head: `(params, hidden) -> logits`.
+        decode_hidden: `(params, tokens, cache, *, attention_mask, positions)
+            -> (hidden, cache)`.
+    """
+
+    apply: Callable[..., Array]
+    hidden: Callable[..., Array]
+    head: Callable[..., Array]
+    decode_hidden: Callable[..., tuple[Array, Cache]]
+
+    def map(self, transform: Callable[[Callable], Callable]) -> "DecoderFunctions":
+        """Return the functions, each transformed, e.g. by `lift`."""
+        return replace(self, **{f.name: transform(getattr(self, f.name)) for f in fields(self)})
+
+
+def decoder_functions(
+    config: DecoderConfig, *, compute_dtype: DTypeLike = jnp.float32, remat: str = "none"
+) -> DecoderFunctions:
+    """Build the functions of a decoder; no parameter is created.
+
+    Args:
+        config: The model's shape.
+        compute_dtype: dtype of matmul operands and of the residual stream: float32, bfloat16 or
+            float16, whatever the dtype of the parameters.
+        remat: "none"; "full" recomputes each layer in the backward; "dots" keeps the outputs of the
+            linears and recomputes the rest.
+
+    Returns:
+        Pure functions, jit-friendly, of a nested dict of arrays shaped as `abstract_params` says.
+
+    Raises:
+        InputError: An impossible configuration, or an unknown dtype or remat setting.
+    """
+    graphdef, _ = nnx.split(_abstract_decoder(config, compute_dtype, remat))
+
+    def hidden(
+        params: PyTree,
+        tokens: Int[Array, "batch seq"],
+        *,
+        attention_mask: Array | None = None,
+        positions: Array | None = None,
+        segment_ids: Array | None = None,
+    ) -> Float[Array, "batch seq d"]:
+        if positions is None and segment_ids is None and tokens.shape[1] > config.max_length:
+            raise InputError(
+                f"A sequence of {tokens.shape[1]} tokens: expected at most {config.max_length}, "
+                "the model's context. Shorten it, or pass segment_ids or positions if it is packed."
+            )
+        return nnx.merge(graphdef, params).hidden(
+            tokens, attention_mask=attention_mask, positions=positions, segment_ids=segment_ids
+        )
+
+    def head(params: PyTree, hidden: Float[Array, "*lead d"]) -> Float[Array, "*lead vocab"]:
+        return nnx.merge(graphdef, params).head(hidden)
+
+    def apply(
+        params: PyTree,
+        tokens: Int[Array, "batch seq"],
+        *,
+        attention_mask: Array | None = None,
+        positions: Array | None = None,
+        segment_ids: Array | None = None,
+    ) -> Float[Array, "batch seq vocab"]:
+        x = hidden(
+            params,
+            tokens,
+            attention_mask=attention_mask,
+            positions=positions,
+            segment_ids=segment_ids,
+        )
+        return head(params, x)
+
+    def decode_hidden(
+        params: PyTree,
+        tokens: Int[Array, "batch seq"],
+        cache: Cache,
+        *,
+        attention_mask: Array | None = None,
+        positions: Array | None = None,
+    ) -> tuple[Float[Array, "batch seq d"], Cache]:
+        slots = cache.valid.shape[1]
+        if tokens.shape[1] > slots:
+            raise InputError(
+                f"{tokens.shape[1]} tokens for a cache of {slots} slots: expected at most {slots}. "
+                "Pass a larger max_len to init_cache."
+            )
+        return nnx.merge(graphdef, params).decode(
+            tokens, cache, attention_mask=attention_mask, positions=positions
+        )
+
+    return DecoderFunctions(apply=apply, hidden=hidden, head=head, decode_hidden=decode_hidden)
+
+
+def abstract_params(config: DecoderConfig) -> PyTree:
+    """Return the parameter tree of a decoder as shapes: a nested dict of `ShapeDtypeStruct`.
+
+    Args:
+        config: The model's shape.
+
+    Raises:
+        InputError: An impossible configuration.
+    """
+    return nnx.to_pure_dict(nnx.split(_abstract_decoder(config, jnp.float32, "none"))[1])
+
+
+def init_params(
+    key: Key[Array, ""], config: DecoderConfig, *, dtype: DTypeLike = jnp.float32
+) -> PyTree:
+    """Draw random parameters, for tests and benchmarks.
+
+    Args:
+        key: Random key.
+        config: The model's shape.
+        dtype: dtype of every parameter.
+
+    Returns:
+        A nested dict of arrays.
+
+    Raises:
+        InputError: An impossible configuration.
+    """
+    validate_config(config)
+
+    @jax.jit
+    def draw(key: Array) -> PyTree:
+        model = Decoder(config, dtype=jnp.float32, rngs=nnx.Rngs(key))
+        return jax.tree.map(lambda x: x.astype(dtype), nnx.to_pure_dict(nnx.split(model)[1]))
+
+    return draw(key)
+
+
+def init_cache(
+    config: DecoderConfig, batch: int, max_len: int, *, dtype: DTypeLike = jnp.float32
+) -> Cache:
+    """Allocate an empty cache.
+
+    Args:
+        config: The model's shape.
+        batch: Rows.
+        max_len: Tokens a row can hold, padding included: prompt and continuation.
+        dtype: The compute dtype of the functions that will use it.
+
+    Raises:
+        InputError: `max_len` is more than the model's context.
+    """
+    if max_len > config.max_length:
+        raise InputError(
+            f"A cache of {max_len} tokens: expected at most {config.max_length}, the model's "
+            "context. Shorten the prompt or generate fewer tokens."
+        )
+    shape = (config.n_layers, batch, config.n_kv_heads, max_len, config.head_dim)
+    return Cache(
+        k=jnp.zeros(shape, dtype),
+        v=jnp.zeros(shape, dtype),
+        valid=jnp.zeros((batch, max_len), jnp.bool_),
+        length=jnp.int32(0),
+    )
+
+
+def _abstract_decoder(config: DecoderConfig, compute_dtype: DTypeLike, remat: str) -> Decoder:
+    validate_config(config)
+    dtype = jnp.dtype(compute_dtype)
+    if dtype.name not in ("float32", "bfloat16", "float16"):
+        raise InputError(f"compute_dtype is {dtype.name}: expected float32, bfloat16 or float16.")
+    if remat not in get_args(Remat):
+        raise InputError(f"remat is {remat!r}: expected one of {', '.join(get_args(Remat))}.")
+    policy = cast(Remat, remat)
+    return nnx.eval_shape(lambda: Decoder(config, dtype=dtype, remat=policy, rngs=nnx.Rngs(0)))
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Model:
+    """A decoder, its parameters and its tokenizer.
+
+    The methods take the parameters as an argument, so that the same model runs its own `params`,
+    the same with adapters attached, or another tree of that structure, and `jax.jit` bakes none in.
+
+    Attributes:
+        config: The model's shape.
+        params: Nested dict of arrays, or of special leaves that `functions` was lifted for.
+        tokenizer: A `transformers` tokenizer, or None.
+        functions: The decoder's functions, lifted if need be.
+        compute_dtype: dtype of matmul operands and caches.
+    """
+
+    config: DecoderConfig
+    params: PyTree
+    functions: DecoderFunctions
+    compute_dtype: Any
+    tokenizer: Any = None
+
+    def apply(
+        self,
+        params: PyTree,
+        tokens: Int[Array, "batch seq"],
+        *,
+        attention_mask: Array | None = None,
+        positions: Array | None = None,
+        segment_ids: Array | None = None,
+    ) -> Float[Array, "batch seq vocab"]:
+        """Return the logits of every token.
+
+        Args:
+            params: The parameter tree.
+            tokens: Token ids.
+            attention_mask: Bool or 0/1, `[batch, seq]`: which tokens are not padding, which may be
+                on either side. None: all.
+            positions: int `[batch, seq]`: position of each token in its document; counted from
+                `attention_mask` and `segment_ids` by default.
+            segment_ids: int `[batch, seq]`: the document of each token of a packed row; tokens of
+                different documents do not see each other.
+
+        Returns:
+            float32 logits.
+
+        Raises:
+            InputError: More tokens than the model's context.
+        """
+        return self.functions.apply(
+            params,
+            tokens,
+            attention_mask=attention_mask,
+            positions=positions,
+            segment_ids=segment_ids,
+        )
+
+    def hidden(
+        self,
+        params: PyTree,
+        tokens: Int[Array, "batch seq"],
+        *,
+        attention_mask: Array | None = None,
+        positions: Array | None = None,
+        segment_ids: Array | None = None,
+    ) -> Float[Array, "batch seq d"]:
+        """Return final hidden states; `head` of them are the logits. Arguments as `apply`'s."""
+        return self.functions.hidden(
+            params,
+            tokens,
+            attention_mask=attention_mask,
+            positions=positions,
+            segment_ids=segment_ids,
+        )
+
+    def head(self, params: PyTree, hidden: Float[Array, "*lead d"]) -> Float[Array, "*lead vocab"]:
+        """Return float32 logits of final hidden states, e.g. of some positions only."""
+        return self.functions.head(params, hidden)
+
+    def init_cache(self, batch: int, max_len: int) -> Cache:
+        """Allocate a cache for `decode`: `max_len` tokens a row, padding included."""
+        return init_cache(self.config, batch, max_len, dtype=self.compute_dtype)
+
+    def decode(
+        self,
+        params: PyTree,
+        tokens: Int[Array, "batch seq"],
+        cache: Cache,
+        *,
+        attention_mask: Array | None = None,
+        positions: Array | None = None,
+    ) -> tuple[Float[Array, "batch seq vocab"], Cache]:
+        """Return logits of tokens that follow what the cache holds, and the cache with them added.
+
+        The prompt is the first call, with any padding (left or right) marked by `attention_mask`;
+        then come single tokens. Under `jax.jit`, donate the cache.
+
+        Args:
+            params: The parameter tree.
+            tokens: The next tokens of each row.
+            cache: From `init_cache`, or from the last call. Writing past its end gives NaN.
+            attention_mask: Which of `tokens` are not padding. None: all.
+            positions: Position of each token; continues each row's count by default.
+        """
+        hidden, cache = self.decode_hidden(
+            params, tokens, cache, attention_mask=attention_mask, positions=positions
+        )
+        return self.head(params, hidden), cache
+
+    def decode_hidden(
+        self,
+        params: PyTree,
+        tokens: Int[Array, "batch seq"],
+        cache: Cache,
+        *,
+        attention_mask: Array | None = None,
+        positions: Array | None = None,
+    ) -> tuple[Float[Array, "batch seq d"], Cache]:
+        """As `decode`, but final hidden states: of a prompt, only the last one needs `head`."""
+        return self.functions.decode_hidden(
+            params, tokens, cache, attention_mask=attention_mask, positions=positions
+        )
