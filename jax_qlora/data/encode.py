@@ -15,7 +15,6 @@ import numpy as np
 
 from ..errors import InputError
 from ..typing import Bool, Int
-from .examples import Example
 
 Tokenizer = Any  # transformers.PreTrainedTokenizerFast, which takes a second to import
 
@@ -37,7 +36,7 @@ class Encoded:
         return len(self.tokens)
 
 
-def encode(tokenizer: Tokenizer, example: Example | Mapping[str, Any], max_length: int) -> Encoded:
+def encode(tokenizer: Tokenizer, example: Mapping[str, Any], max_length: int) -> Encoded:
     """Return an example's tokens and which of them the model learns to produce.
 
     Of a chat these are the assistant's turns with their end-of-turn token; whatever follows the
@@ -94,7 +93,7 @@ def encode(tokenizer: Tokenizer, example: Example | Mapping[str, Any], max_lengt
 
 def encode_all(
     tokenizer: Tokenizer,
-    examples: Iterable[Example | Mapping[str, Any]],
+    examples: Iterable[Mapping[str, Any]],
     max_length: int,
 ) -> list[Encoded]:
     """Return `encode` of every example, in order."""

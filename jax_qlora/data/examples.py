@@ -4,7 +4,7 @@
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 from ..errors import InputError
 from ..interop.download import resolve
@@ -19,21 +19,15 @@ _FORMS = (
 )
 
 
-class Example(TypedDict, total=False):
-    """One thing to learn, in one of three forms; keys other than these are left out.
+Example = dict[str, Any]
+"""One thing to learn. Exactly one of these holds:
 
-    Exactly one of these holds:
-      * `messages` is a list of {"role": ..., "content": ...}; the assistant's turns are learned
-      * `prompt` and `completion` are strings; the completion is learned
-      * `text` is a string; all of it is learned
-    """
+  * `messages` is a list of {"role": ..., "content": ...}; the assistant's turns are learned
+  * `prompt` and `completion` are strings; the completion is learned
+  * `text` is a string; all of it is learned
 
-    messages: list[dict[str, Any]]
-    prompt: str
-    completion: str
-    text: str
-    where: str
-    """Where it came from, for messages: "'data.jsonl' line 3"."""
+`where` may say where it came from, for messages: "'data.jsonl' line 3".
+"""
 
 
 def load_examples(

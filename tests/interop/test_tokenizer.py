@@ -7,7 +7,9 @@ import sys
 import gguf
 import pytest
 
+from jax_qlora.data import encode, encode_prompt, load_examples
 from jax_qlora.errors import InputError
+from jax_qlora.interop.download import resolve
 from jax_qlora.interop.gguf_metadata import read_gguf_metadata
 from jax_qlora.interop.tokenizer import load_tokenizer, tokenizer_from_gguf
 from tests.helpers import GOLDEN
@@ -170,3 +172,44 @@ def test_no_torch_and_no_noise():
         [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.mark.slow
+def test_the_real_smollm2():
+    try:
+        path = resolve("smollm2-135m-instruct")
+    except InputError:
+        pytest.skip("not in the cache: jax-qlora download smollm2-135m-instruct")
+    tokenizer = load_tokenizer(path)
+    assert (tokenizer.eos_token_id, tokenizer.pad_token_id) == (2, 2)
+    assert (len(tokenizer), tokenizer.model_max_length) == (49_152, 8_192)
+    chat = [{"role": "user", "content": "Hi"}]
+    # the ids that transformers gives for HuggingFaceTB/SmolLM2-135M-Instruct
+    system = [1, 9690, 198, 2683, 359, 253, 5356, 5646, 11173, 3365, 3511, 308, 34519, 28, 7018]
+    system += [411, 407, 19712, 8182, 2, 198]
+    assert encode_prompt(tokenizer, chat) == [
+        *system,
+        1,
+        4093,
+        198,
+        26843,
+        2,
+        198,
+        1,
+        520,
+        9531,
+        198,
+    ]
+    text = "In 1611, 7 cafés\n\n\t don't 你好 😀"
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    train = load_examples("modern-english")[:64] if _texts_are_there() else []
+    for example in train:
+        encoded = encode(tokenizer, example, 96)
+        assert encoded.tokens[encoded.loss_mask][-1] == 2
+
+
+def _texts_are_there():
+    try:
+        return bool(resolve("modern-english"))
+    except InputError:
+        return False
