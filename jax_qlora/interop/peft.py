@@ -1,0 +1,378 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Adapters in the directory format of Hugging Face PEFT: adapter_config.json and safetensors.
+
+A decoder's stacked update `[layers, rank, cols]` is PEFT's
+`base_model.model.model.layers.N.self_attn.q_proj.lora_A.weight` `[rank, cols]`, one tensor a layer.
+PEFT gives each layer its own rank and scale; a stack has one. Lower ranks are padded with zeros,
+which stay zero in training (each factor's gradient is a multiple of the other) and are cut off
+again on saving; a differing scale is folded into `b`. Neither changes the update.
+
+Adapters of any other tree use the same format with the tree's path as the module's name.
+"""
+
+import os
+import shutil
+import uuid
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from ..errors import InputError
+from ..lora import LoraPair, Targets
+from ..lora.array import is_special
+from ..models import Model
+from ..quant.layout import KernelLayout
+from ..tree import flatten_paths
+from .peft_config import CONFIG_NAME, PeftConfig, config_json, make_config, read_config
+
+WEIGHTS_NAME = "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+_SUFFIXES = {"a": ".lora_A.weight", "b": ".lora_B.weight"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavedAdapter:
+    """What `save_adapter` wrote, and read back to check.
+
+    Attributes:
+        path: The adapter's directory.
+        modules: Number of adapted modules; there are two tensors each.
+        nbytes: Size of the weights' file.
+        b_norm: Euclidean norm of all `b` factors together; 0 for an untrained adapter.
+    """
+
+    path: Path
+    modules: int
+    nbytes: int
+    b_norm: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Slot:
+    """A linear module of the model: where its update lies in an adapter."""
+
+    path: str
+    layer: int | None  # index in the stack, or None for the whole leaf
+    lead: tuple[int, ...]
+    layout: KernelLayout
+    head: bool
+
+
+def save_adapter(
+    path: str | os.PathLike[str],
+    adapter: Mapping[str, LoraPair],
+    model: Model | Targets,
+    *,
+    base_model: str | None = None,
+) -> SavedAdapter:
+    """Writes an adapter that PEFT loads onto the same model.
+
+    Written beside `path`, read back and compared, then moved into place; an adapter that was there
+    is replaced only then, and other files of its directory are kept.
+
+    Args:
+        path: Directory to make.
+        adapter: Path -> LoraPair.
+        model: The model it belongs to; or, for a tree that is no decoder of this library, the
+            `Targets` found in it: modules are then named by path, with "/" as ".".
+        base_model: Name or path of the base model to note in the configuration.
+
+    Returns:
+        What was written.
+
+    Raises:
+        InputError: the adapter is of another model, has values that are not finite or nothing to
+            save, or the directory cannot be written.
+    """
+    path = Path(path)
+    slots = _slots(model)
+    tensors, ranks, scales = _unstack(adapter, slots)
+    if not tensors:
+        raise InputError(
+            f"the adapter to save at {path} changes nothing: expected at least one update that is "
+            "not zero in both factors. Make one with init_adapter."
+        )
+    config = make_config(
+        ranks,
+        scales,
+        slots,
+        dropout=max(pair.dropout for pair in adapter.values()),
+    )
+    text = config_json(config, base_model=base_model, causal_lm=isinstance(model, Model))
+    _write(path, tensors, text)
+    b = [x for name, x in tensors.items() if name.endswith(_SUFFIXES["b"])]
+    return SavedAdapter(
+        path=path,
+        modules=len(ranks),
+        nbytes=(path / WEIGHTS_NAME).stat().st_size,
+        b_norm=float(np.sqrt(sum(np.sum(np.square(x, dtype=np.float64)) for x in b))),
+    )
+
+
+def load_adapter(path: str | os.PathLike[str], model: Model | Targets) -> dict[str, LoraPair]:
+    """Reads a LoRA adapter that PEFT or `save_adapter` wrote.
+
+    Every tensor of the file is used and every module that the configuration names is filled, or it
+    is an error. Layers without an update get a zero one.
+
+    Args:
+        path: The adapter's directory.
+        model: The model it was trained on, or the `Targets` of a tree, as for `save_adapter`.
+
+    Returns:
+        Path -> LoraPair, float32.
+
+    Raises:
+        InputError: files missing, damaged or not finite; a field of the configuration that changes
+            the result and is not supported; or an adapter of another model (the differences are
+            listed).
+    """
+    path = Path(path)
+    config = read_config(path)
+    tensors = _read(path / WEIGHTS_NAME)
+    slots = _slots(model)
+    _check_fit(path, config, tensors, slots)
+    stacks: dict[str, dict[int | None, str]] = {}
+    for module, slot in slots.items():
+        stack = stacks.setdefault(slot.path, {})
+        if _key(module, "a") in tensors:
+            stack[slot.layer] = module
+    return {
+        leaf: _stack(config, tensors, modules, slots[next(iter(modules.values()))])
+        for leaf, modules in stacks.items()
+        if modules
+    }
+
+
+def _key(module: str, factor: str) -> str:
+    return f"{_PREFIX}{module}{_SUFFIXES[factor]}"
+
+
+def _slots(model: Model | Targets) -> dict[str, _Slot]:
+    """The linear modules by PEFT's name for them."""
+    slots: dict[str, _Slot] = {}
+    if isinstance(model, Targets):
+        for t in model.found:
+            name = t.path.replace("/", ".")
+            slots[name] = _Slot(path=t.path, layer=None, lead=t.lead, layout=t.layout, head=t.head)
+        return slots
+    for path, leaf in flatten_paths(model.params, is_leaf=is_special).items():
+        module, _, kind = path.rpartition("/")
+        if kind != "kernel":
+            continue
+        shape = tuple(leaf.shape)
+        layout = KernelLayout(shape=shape[-2:], in_axes=(-2,))
+        base, name = module.partition("/")[::2]
+        for layer in range(shape[0]) if base == "layers" else (None,):
+            full = module if layer is None else f"model.layers.{layer}.{name}"
+            slots[full.replace("/", ".")] = _Slot(
+                path=path, layer=layer, lead=shape[:-2], layout=layout, head=base == "lm_head"
+            )
+    return slots
+
+
+def _unstack(
+    adapter: Mapping[str, LoraPair], slots: Mapping[str, _Slot]
+) -> tuple[dict[str, np.ndarray], dict[str, int], dict[str, float]]:
+    """Tensors by key, and rank and scale by module."""
+    by_path: dict[str, list[tuple[str, _Slot]]] = {}
+    for module, slot in slots.items():
+        by_path.setdefault(slot.path, []).append((module, slot))
+    unknown = sorted(set(adapter) - set(by_path))
+    if unknown:
+        raise InputError(
+            f"the adapter has updates of {_some(unknown)}, which are no linear modules of the "
+            f"model: expected some of {_some(by_path)}. Save it with the model it was made for; "
+            "updates of embeddings cannot be saved in this format."
+        )
+    tensors: dict[str, np.ndarray] = {}
+    ranks: dict[str, int] = {}
+    scales: dict[str, float] = {}
+    for path, pair in adapter.items():
+        a, b = (np.asarray(x, np.float32) for x in (pair.a, pair.b))
+        for module, slot in by_path[path]:
+            if (pair.lead, pair.layout) != (slot.lead, slot.layout):
+                raise InputError(
+                    f"the adapter's update of '{path}' is for a kernel "
+                    f"{(*pair.lead, *pair.layout.shape)}, the model's is "
+                    f"{(*slot.lead, *slot.layout.shape)}. Save it with the model it was made for."
+                )
+            module_a, module_b = (a, b) if slot.layer is None else (a[slot.layer], b[slot.layer])
+            if not (np.isfinite(module_a).all() and np.isfinite(module_b).all()):
+                raise InputError(
+                    f"the adapter's update of '{module}' has values that are not finite: expected "
+                    "finite ones, training diverged. Nothing was written; go back to a checkpoint "
+                    "and lower the learning rate."
+                )
+            rank = _used_rank(module_a, module_b)
+            if rank == 0:
+                continue
+            tensors[_key(module, "a")] = np.ascontiguousarray(module_a[..., :rank, :])
+            tensors[_key(module, "b")] = np.ascontiguousarray(module_b[..., :rank])
+            ranks[module], scales[module] = rank, pair.scale
+    return tensors, ranks, scales
+
+
+def _used_rank(a: np.ndarray, b: np.ndarray) -> int:
+    """The rank without trailing padding: components that are zero in both factors."""
+    axes = tuple(range(a.ndim - 2))
+    used = np.any(a != 0, axis=(*axes, -1)) | np.any(b != 0, axis=(*axes, -2))
+    return int(np.max(np.nonzero(used)[0], initial=-1)) + 1
+
+
+def _stack(
+    config: PeftConfig,
+    tensors: Mapping[str, np.ndarray],
+    modules: Mapping[int | None, str],
+    slot: _Slot,
+) -> LoraPair:
+    """The update of one leaf: its layers padded to the largest rank, under one scale."""
+    scales = {m: config.scale_of(m) for m in modules.values()}
+    scale = max(scales.values(), key=abs)
+    rank = max(config.rank_of(m) for m in modules.values())
+    a = np.zeros((*slot.lead, rank, slot.layout.cols), np.float32)
+    b = np.zeros((*slot.lead, slot.layout.rows, rank), np.float32)
+    for layer, module in modules.items():
+        index = () if layer is None else (layer,)
+        own_a, own_b = tensors[_key(module, "a")], tensors[_key(module, "b")]
+        own_rank = own_a.shape[-2]
+        folded = own_b if scales[module] == scale else own_b * np.float64(scales[module] / scale)
+        a[(*index, ..., slice(own_rank), slice(None))] = own_a
+        b[(*index, ..., slice(own_rank))] = folded
+    return LoraPair(
+        a=jnp.asarray(a),
+        b=jnp.asarray(b),
+        layout=slot.layout,
+        scale=float(scale),
+        dropout=config.dropout,
+    )
+
+
+def _check_fit(
+    path: Path,
+    config: PeftConfig,
+    tensors: Mapping[str, np.ndarray],
+    slots: Mapping[str, _Slot],
+) -> None:
+    """Every tensor used, every target filled, every shape right."""
+    want: dict[str, tuple[int, ...]] = {}
+    for module, slot in slots.items():
+        if config.is_target(module, head=slot.head):
+            lead = slot.lead if slot.layer is None else ()
+            rank = config.rank_of(module)
+            want[_key(module, "a")] = (*lead, rank, slot.layout.cols)
+            want[_key(module, "b")] = (*lead, slot.layout.rows, rank)
+    missing = [k for k in want if k not in tensors]
+    unused = [k for k in tensors if k not in want]
+    shapes = [
+        f"{k.removeprefix(_PREFIX)}: expected {want[k]}, found {x.shape}"
+        for k, x in tensors.items()
+        if k in want and x.shape != want[k]
+    ]
+    if missing or unused or shapes:
+        lines = [
+            f"{title} ({len(items)}): {_some(items)}"
+            for title, items in (
+                ("missing", missing),
+                ("not in the model or not a target", unused),
+                ("of another shape", shapes),
+            )
+            if items
+        ]
+        hint = "The adapter was trained on another model, or its configuration was changed."
+        if any("lora_embedding" in k or "embed_tokens" in k for k in unused):
+            hint = "Adapters of embeddings are not supported: merge it with PEFT."
+        raise InputError(
+            f"the adapter at {path} does not fit the model: its configuration asks for "
+            f"{len(want)} tensors, the file has {len(tensors)}. " + "; ".join(lines) + f". {hint}"
+        )
+    if not want:
+        raise InputError(
+            f"the adapter at {path} has no target in the model: target_modules "
+            f"{config.target_modules!r} match none of {_some(slots)}."
+        )
+    bad = [k for k, x in tensors.items() if not np.isfinite(x).all()]
+    if bad:
+        raise InputError(
+            f"{path / WEIGHTS_NAME}: {_some(bad)} have values that are not finite. Train again, "
+            "with a lower learning rate."
+        )
+
+
+def _some(items: Iterable[str]) -> str:
+    items = list(items)
+    return ", ".join(items[:6]) + (f", ... ({len(items)} in all)" if len(items) > 6 else "")
+
+
+def _read(file: Path) -> dict[str, np.ndarray]:
+    """All tensors of a safetensors file, as float32."""
+    if not file.is_file():
+        others = sorted(p.name for p in file.parent.iterdir() if p.suffix in (".bin", ".pt"))
+        hint = f"found {_some(others)}, pickles that are not read: " if others else ""
+        raise InputError(
+            f"{file} is missing: {hint}save the adapter with PEFT's save_pretrained, which writes "
+            "safetensors."
+        )
+    tensors: dict[str, np.ndarray] = {}
+    try:
+        with safe_open(file, framework="numpy") as f:
+            for key in f.keys():
+                x: Any = f.get_tensor(key)
+                if not jnp.issubdtype(x.dtype, jnp.floating):
+                    raise InputError(f"{file}: '{key}' is {x.dtype}, expected floating point.")
+                tensors[key] = np.asarray(x, np.float32)
+    except (SafetensorError, OSError) as e:
+        size = file.stat().st_size
+        raise InputError(
+            f"{file} ({size:,} bytes) is not a whole safetensors file: {e}. Copy or save it again."
+        ) from e
+    return tensors
+
+
+def _write(path: Path, tensors: dict[str, np.ndarray], config: str) -> None:
+    """Writes both files aside, reads them back, and swaps the directory in."""
+    path = path.resolve()
+    if path.exists() and not path.is_dir():
+        raise InputError(f"{path} is a file: expected a directory to save the adapter in.")
+    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        aside.mkdir(parents=True)
+        save_file(tensors, aside / WEIGHTS_NAME, metadata={"format": "pt"})
+        (aside / CONFIG_NAME).write_text(config, encoding="utf-8")
+        back = _read(aside / WEIGHTS_NAME)
+        if back.keys() != tensors.keys() or any(
+            not np.array_equal(back[k], x) for k, x in tensors.items()
+        ):
+            raise OSError("what was read back differs from what was written")
+        _swap(aside, path)
+    except (OSError, SafetensorError) as e:
+        raise InputError(
+            f"the adapter cannot be written to {path}: {e}. Anything that was there is as it was; "
+            "free some space or choose another directory."
+        ) from e
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _swap(new: Path, path: Path) -> None:
+    """Moves `new` to `path`; what was there stays whole until the new one is in place."""
+    if not path.exists():
+        os.rename(new, path)
+        return
+    old = path.with_name(f".{path.name}.old.{uuid.uuid4().hex}")
+    os.rename(path, old)
+    try:
+        os.rename(new, path)
+    except OSError:
+        os.rename(old, path)
+        raise
+    for entry in old.iterdir():
+        if entry.name not in (CONFIG_NAME, WEIGHTS_NAME):
+            os.rename(entry, path / entry.name)
+    shutil.rmtree(old)

@@ -1,0 +1,324 @@
+# SPDX-License-Identifier: Apache-2.0
+"""PEFT's adapter_config.json: which modules an adapter changes, with what rank and scale.
+
+Follows peft 0.21 (`tuners_utils.check_target_module_exists`, `get_pattern_key`,
+`lora.LoraModel._create_and_replace`). A field that changes the result and is not understood here is
+an error, never ignored.
+"""
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from ..errors import InputError
+
+CONFIG_NAME = "adapter_config.json"
+
+# read by `read_config`
+_HANDLED = {
+    "peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern",
+    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "bias",
+    "init_lora_weights",
+}  # fmt: skip
+# without effect on what a trained adapter computes, unless a field that is refused is set as well
+_HARMLESS = {
+    "auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "task_type",
+    "peft_version", "megatron_core", "loftq_config", "eva_config", "corda_config",
+    "lora_ga_config", "qalora_group_size", "runtime_config", "ensure_weight_tying",
+    "fan_in_fan_out",
+}  # fmt: skip
+_WHY_REFUSED = {
+    "use_dora": "it is a DoRA adapter",
+    "modules_to_save": "it carries whole trained modules",
+    "bias": "it carries trained biases",
+    "lora_bias": "its updates have biases",
+    "trainable_token_indices": "it carries trained token embeddings",
+    "target_parameters": "it adapts bare parameters",
+    "layer_replication": "it was trained on a model with repeated layers",
+}
+# initializations that leave the base weights as they are
+_PLAIN_INITS = (True, False, "gaussian", "orthogonal", "eva")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PeftConfig:
+    r"""What of an adapter_config.json decides the result.
+
+    Attributes:
+        rank: Default rank.
+        alpha: Default numerator of the scaling.
+        dropout: Dropout of the updates' inputs in training.
+        rslora: Scale by alpha / sqrt(rank) instead of alpha / rank.
+        rank_pattern: Rank by pattern; the first that matches `(.*\.)?(pattern)$` wins.
+        alpha_pattern: Alpha by pattern.
+        target_modules: "all-linear", a regular expression, or names and dotted suffixes of names.
+        exclude_modules: Names that are no targets, a regular expression or a list as above.
+        layers: Layer numbers that are targets, or None for all; needs a list of targets.
+        layers_pattern: Names of the list of layers; any name if empty.
+    """
+
+    rank: int
+    alpha: float
+    dropout: float = 0.0
+    rslora: bool = False
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    target_modules: str | tuple[str, ...] = "all-linear"
+    exclude_modules: str | tuple[str, ...] = ()
+    layers: tuple[int, ...] | None = None
+    layers_pattern: tuple[str, ...] = ()
+
+    def rank_of(self, module: str) -> int:
+        """The rank of one module's update."""
+        return _by_pattern(self.rank_pattern, module, self.rank)
+
+    def scale_of(self, module: str) -> float:
+        """The factor of one module's update."""
+        rank = self.rank_of(module)
+        alpha = _by_pattern(self.alpha_pattern, module, self.alpha)
+        return alpha / (math.sqrt(rank) if self.rslora else rank)
+
+    def is_target(self, module: str, *, head: bool = False) -> bool:
+        """Whether a linear module is adapted.
+
+        Args:
+            module: Its dotted name, e.g. "model.layers.0.self_attn.q_proj".
+            head: Whether it is the output head, which "all-linear" leaves out.
+        """
+        if _matches(self.exclude_modules, module):
+            return False
+        names = self.target_modules
+        if isinstance(names, str):
+            if names.lower() == "all-linear":
+                return not head
+            return _matches(names, module)
+        if module in names or not _matches(names, module):
+            return module in names  # a full name is a target whatever its layer
+        if self.layers is None:
+            return True
+        # the first number in the name, not the last: experts are numbered too
+        patterns = [rf"(?:^|.*?\.){p}\.(\d+)\." for p in self.layers_pattern]
+        found = [re.match(p, module) for p in patterns or [r".*?\.[^.]*\.(\d+)\."]]
+        first = next((m for m in found if m), None)
+        return first is not None and int(first[1]) in self.layers
+
+
+def read_config(directory: Path) -> PeftConfig:
+    """Reads the adapter_config.json of a LoRA adapter.
+
+    Args:
+        directory: The adapter's directory.
+
+    Raises:
+        InputError: the file is missing or malformed, or has a field that changes the result in a
+            way that is not handled (the message names it).
+    """
+    path = directory / CONFIG_NAME
+    if not path.is_file():
+        what = "a directory without it" if directory.is_dir() else "no such directory"
+        raise InputError(
+            f"no adapter at {directory}: expected {CONFIG_NAME} in it, found {what}. "
+            "Pass the directory that PEFT's save_pretrained or save_adapter wrote."
+        )
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as e:
+        raise InputError(f"{path} is not JSON: {e}. Save the adapter again.") from e
+    if not isinstance(raw, dict):
+        raise InputError(f"{path} holds a {type(raw).__name__}: expected a JSON object.")
+    _refuse_unhandled(raw, path)
+
+    def get(key: str, kinds: tuple[type, ...], default: Any) -> Any:
+        value = raw.get(key)
+        if value is None:
+            return default
+        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+            expected = " or ".join(k.__name__ for k in kinds)
+            raise InputError(f"{path}: {key} is {value!r}, expected {expected}.")
+        return value
+
+    def names(key: str) -> str | tuple[str, ...]:
+        value = get(key, (str, list), ())
+        return value if isinstance(value, str) else tuple(map(str, value))
+
+    fields = dict(
+        rank=get("r", (int,), 8),
+        alpha=float(get("lora_alpha", (int, float), 8)),
+        dropout=float(get("lora_dropout", (int, float), 0.0)),
+        rslora=get("use_rslora", (bool,), False),
+        rank_pattern=get("rank_pattern", (dict,), {}),
+        alpha_pattern=get("alpha_pattern", (dict,), {}),
+        target_modules=names("target_modules"),
+        exclude_modules=names("exclude_modules"),
+        layers=_layers(get("layers_to_transform", (int, list), None)),
+        layers_pattern=_as_tuple(names("layers_pattern")),
+    )
+    _check_values(fields, path)
+    return PeftConfig(**fields)
+
+
+def _layers(value: int | list[int] | None) -> tuple[int, ...] | None:
+    if isinstance(value, int):
+        return (value,)
+    return tuple(value) if value else None
+
+
+def _as_tuple(value: str | tuple[str, ...]) -> tuple[str, ...]:
+    return (value,) if isinstance(value, str) and value else tuple(value)
+
+
+def _refuse_unhandled(raw: dict[str, Any], path: Path) -> None:
+    kind = raw.get("peft_type")
+    if kind != "LORA":
+        raise InputError(
+            f"{path}: peft_type is {kind!r}, expected 'LORA'. Other kinds of adapters are not "
+            "supported."
+        )
+    init = raw.get("init_lora_weights", True)
+    if init is not None and init not in _PLAIN_INITS:
+        raise InputError(
+            f"{path}: init_lora_weights is {init!r}, which replaces the base weights; expected one "
+            f"of {', '.join(map(repr, _PLAIN_INITS))}. Convert it to a plain LoRA: save_pretrained("
+            "..., path_initial_model_for_weight_conversion=...) in PEFT."
+        )
+    neutral = (None, False, "none", [], {}, "")
+    for key, value in raw.items():
+        if key not in _HANDLED - {"bias"} | _HARMLESS and value not in neutral:
+            why = _WHY_REFUSED.get(key, "this field is not known to leave the result unchanged")
+            raise InputError(
+                f"{path}: {key} is {value!r}: {why}, which is not supported. Merge the adapter "
+                "with PEFT (merge_and_unload), or train one without it."
+            )
+
+
+def _check_values(fields: dict[str, Any], path: Path) -> None:
+    targets, excluded = fields["target_modules"], fields["exclude_modules"]
+    if not targets:
+        raise InputError(
+            f"{path}: target_modules is missing: expected a list of names, a regular expression or "
+            "'all-linear'. Save the adapter with a current PEFT."
+        )
+    for name, ranks in (("r", [fields["rank"]]), ("rank_pattern", fields["rank_pattern"].values())):
+        for rank in ranks:
+            if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+                raise InputError(f"{path}: {name} gives {rank!r}, expected a whole number > 0.")
+    for name, alphas in (
+        ("lora_alpha", [fields["alpha"]]),
+        ("alpha_pattern", fields["alpha_pattern"].values()),
+    ):
+        for alpha in alphas:
+            if not isinstance(alpha, int | float) or not math.isfinite(alpha):
+                raise InputError(f"{path}: {name} gives {alpha!r}, expected a finite number.")
+    if not 0.0 <= fields["dropout"] < 1.0:
+        raise InputError(f"{path}: lora_dropout is {fields['dropout']}, expected one in [0, 1).")
+    if fields["layers"] is not None and isinstance(targets, str):
+        raise InputError(
+            f"{path}: layers_to_transform with target_modules {targets!r}: expected a list of "
+            "target_modules beside it, as PEFT does. Name the modules in a list."
+        )
+    patterns = [*fields["rank_pattern"], *fields["alpha_pattern"], *fields["layers_pattern"]]
+    for pattern in patterns + [p for p in (targets, excluded) if isinstance(p, str)]:
+        try:
+            re.compile(pattern)
+        except re.error as e:
+            raise InputError(
+                f"{path}: {pattern!r} is no regular expression ({e}). Mend it in the file."
+            ) from e
+
+
+def _matches(names: str | tuple[str, ...], module: str) -> bool:
+    if isinstance(names, str):
+        return bool(names) and re.fullmatch(names, module) is not None
+    return any(module == n or module.endswith(f".{n}") for n in names)
+
+
+def _by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
+    for pattern, value in patterns.items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return value
+    return default
+
+
+def make_config(
+    ranks: Mapping[str, int],
+    scales: Mapping[str, float],
+    modules: Iterable[str],
+    *,
+    dropout: float,
+) -> PeftConfig:
+    """The configuration under which PEFT gives each module its rank and scale.
+
+    Args:
+        ranks: Rank by adapted module.
+        scales: Factor of the update by adapted module.
+        modules: Names of all linear modules of the model.
+        dropout: Dropout of the updates' inputs.
+
+    Returns:
+        Targets as short names ("q_proj") if those select just the adapted modules, else in full;
+        the most frequent rank and alpha as defaults, the others as patterns.
+    """
+    rslora = _looks_rank_stabilized(ranks, scales)
+    alphas = {m: scales[m] * (math.sqrt(ranks[m]) if rslora else ranks[m]) for m in ranks}
+    alphas = {m: round(a) if math.isclose(a, round(a)) else a for m, a in alphas.items()}
+    short = tuple(sorted({m.rpartition(".")[2] for m in ranks}))
+    rank, rank_pattern = _defaults_and_patterns(ranks)
+    alpha, alpha_pattern = _defaults_and_patterns(alphas)
+    config = PeftConfig(
+        rank=rank,
+        alpha=alpha,
+        dropout=dropout,
+        rslora=rslora,
+        rank_pattern=rank_pattern,
+        alpha_pattern=alpha_pattern,
+        target_modules=short,
+    )
+    if {m for m in modules if config.is_target(m)} != set(ranks):
+        config = replace(config, target_modules=tuple(sorted(ranks)))
+    return config
+
+
+def _looks_rank_stabilized(ranks: Mapping[str, int], scales: Mapping[str, float]) -> bool:
+    """Whether alpha is a whole number everywhere only under rsLoRA; how it is written, no more."""
+
+    def whole(power: float) -> bool:
+        return all(abs(a - round(a)) < 1e-6 for a in (scales[m] * ranks[m] ** power for m in ranks))
+
+    return whole(0.5) and not whole(1.0)
+
+
+def _defaults_and_patterns(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    counts = list(values.values())
+    default = max(counts, key=lambda v: (counts.count(v), v))
+    differing = {m: v for m, v in values.items() if v != default}
+    # by the module's last two names, if that says the same of all modules so named
+    suffixes = {re.escape(".".join(m.split(".")[-2:])): v for m, v in differing.items()}
+    if all(_by_pattern(suffixes, m, default) == v for m, v in values.items()):
+        return default, suffixes
+    # in full, longer names first, as a pattern also matches names that end with it
+    full = {re.escape(m): v for m, v in values.items()}
+    return default, {m: full[m] for m in sorted(full, key=len, reverse=True)}
+
+
+def config_json(config: PeftConfig, *, base_model: str | None, causal_lm: bool) -> str:
+    """The text of an adapter_config.json that current PEFT loads."""
+    targets = config.target_modules
+    document = {
+        "base_model_name_or_path": base_model,
+        "bias": "none",
+        "inference_mode": True,
+        "lora_alpha": int(config.alpha) if config.alpha == int(config.alpha) else config.alpha,
+        "lora_dropout": config.dropout,
+        "peft_type": "LORA",
+        "r": config.rank,
+        "rank_pattern": dict(config.rank_pattern),
+        "alpha_pattern": dict(config.alpha_pattern),
+        "target_modules": targets if isinstance(targets, str) else list(targets),
+        "task_type": "CAUSAL_LM" if causal_lm else None,
+        "use_rslora": config.rslora,
+    }
+    return json.dumps(document, indent=2) + "\n"
