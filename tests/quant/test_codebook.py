@@ -43,16 +43,7 @@ def test_nf4_levels_are_quantiles_of_the_normal_distribution():
 
 def test_fp4_levels_are_sign_exponent_mantissa():
     """bitsandbytes' FP4: sign, 2 bits of exponent, 1 of mantissa, largest magnitude 12 made 1."""
-    magnitude = {
-        0b000: 0.0,
-        0b001: 0.0625,
-        0b110: 2,
-        0b111: 3,
-        0b100: 4,
-        0b101: 6,
-        0b010: 8,
-        0b011: 12,
-    }
+    magnitude = {0: 0.0, 1: 0.0625, 6: 2, 7: 3, 4: 4, 5: 6, 2: 8, 3: 12}
     levels = CODEBOOKS["fp4"].levels
     for code, value in magnitude.items():
         np.testing.assert_allclose(levels[code], value / 12, rtol=1e-6)
