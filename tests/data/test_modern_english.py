@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 import pytest
 
-from jax_qlora.data import copy_baseline, is_archaic, load_examples
+from jax_qlora.data import copy_baseline, is_archaic
+from jax_qlora.data.examples import verse_example
 from jax_qlora.data.modern_english import modern_english_splits, read_verses
 from jax_qlora.errors import InputError
 from jax_qlora.interop.download import resolve
@@ -51,12 +52,12 @@ def test_a_missing_text_says_how_to_get_it(tmp_path):
 @pytest.mark.slow
 def test_the_real_texts():
     try:
-        resolve("modern-english")
+        directory = resolve("modern-english")
     except InputError:
         pytest.skip("the texts are not in the cache: jax-qlora download modern-english")
     splits = {
-        name: load_examples("modern-english", split=name)
-        for name in ("train", "held_out", "held_out_books")
+        name: [verse_example(pair) for pair in pairs]
+        for name, pairs in modern_english_splits(directory).items()
     }
     assert {name: len(examples) for name, examples in splits.items()} == {
         "train": 4309,
