@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The codec: bit for bit the reference's, equal to a float64 reference, and its laws."""
 
+from typing import Any
+
 import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
@@ -251,7 +253,7 @@ def test_jit_vmap_and_scan_give_the_same_bits(format, dtype):
     x = jax.random.normal(jax.random.key(1), (3, 4, 96)).astype(dtype)
 
     def both(x):
-        how = dict(format=format, block_size=32)
+        how: dict[str, Any] = dict(format=format, block_size=32)
         codes, absmax = blockwise.quantize_blockwise(x, **how)
         return codes, blockwise.dequantize_blockwise(codes, absmax, **how, dtype=dtype)
 
