@@ -2,6 +2,7 @@
 # make quickstart   environment, model and data, then QLoRA of a real language model
 # make test         the whole test suite, doctests and notebooks included
 # make lint         ruff, pyright, import contracts
+# make notebooks    colab/*.ipynb from colab/*.py
 #
 # PYTHON=/path/to/python3.12   which Python to build the environment with
 # EXTRAS=train,cuda13          what to install beside the core (cuda12, cuda13: jax for NVIDIA GPUs)
@@ -15,11 +16,11 @@ PYTEST_ARGS ?=
 BIN := $(VENV)/bin
 CONFIG := configs/quickstart.toml
 
-.PHONY: help quickstart test lint format clean
+.PHONY: help quickstart test lint format notebooks clean
 .DEFAULT_GOAL := help
 
 help:
-	@sed -n '2,8s/^# \{0,1\}//p' Makefile
+	@sed -n '2,9s/^# \{0,1\}//p' Makefile
 
 quickstart: $(VENV)/.installed
 	@$(BIN)/jax-qlora train $(CONFIG) $(ARGS)
@@ -37,7 +38,9 @@ lint: $(VENV)/.installed-dev
 format: $(VENV)/.installed-dev
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
-	@$(BIN)/jupytext --sync colab/*.py
+
+notebooks: $(VENV)/.installed-dev
+	@$(BIN)/jupytext -q --to ipynb --update colab/*.py
 
 clean:
 	rm -rf $(VENV) .ci-cache build dist
