@@ -75,15 +75,48 @@ def _is_absent(x: Any) -> bool:
 
 
 def path_name(path: tuple[Any, ...]) -> str:
-    """A jax key path as "layers/attn/kernel"; the box that Flax NNX puts round a value is left out.
+    """A jax key path as "layers/attn/kernel".
 
     >>> path_name((jtu.DictKey("layers"), jtu.SequenceKey(0), jtu.GetAttrKey("kernel")))
     'layers/0/kernel'
     """
-    name = jtu.keystr(path, simple=True, separator="/")
-    for box in ("/value", "/raw_value", "/.value", "/.raw_value"):
-        name = name.removesuffix(box)
-    return name
+    return jtu.keystr(path, simple=True, separator="/")
+
+
+def _is_box(x: Any) -> bool:
+    """Whether `x` is a node that only wraps one value, as Flax's variables do."""
+    if x is None or isinstance(x, dict | list | tuple):
+        return False
+    keyed = jtu.tree_flatten_with_path(x, is_leaf=lambda y: y is not x)[0]
+    if len(keyed) != 1 or len(keyed[0][0]) != 1:
+        return False
+    key = keyed[0][0][0]
+    return isinstance(key, jtu.GetAttrKey) and key.name in ("value", "raw_value")
+
+
+def flatten_with_path(
+    tree: Any, *, is_leaf: Callable[[Any], bool] | None = None
+) -> tuple[list[tuple[tuple[Any, ...], Any]], Any]:
+    """`jax.tree_util.tree_flatten_with_path`, without the keys of boxes round single values.
+
+    Flax holds a value in a Variable or a Partitioned: so a kernel has the same path in a State, a
+    Module and a plain dictionary.
+    """
+    keyed, treedef = jtu.tree_flatten_with_path(tree, is_leaf=is_leaf)
+    boxes = set()
+
+    def stop(x: Any) -> bool:
+        return (is_leaf is not None and is_leaf(x)) or _is_box(x)
+
+    for path, node in jtu.tree_flatten_with_path(tree, is_leaf=stop)[0]:
+        if not (is_leaf is not None and is_leaf(node)) and _is_box(node):
+            boxes.add(path)
+    if boxes:
+        keyed = [
+            (tuple(k for i, k in enumerate(path) if path[:i] not in boxes), leaf)
+            for path, leaf in keyed
+        ]
+    return keyed, treedef
 
 
 def flatten_paths(tree: Any, *, is_leaf: Callable[[Any], bool] | None = None) -> dict[str, Any]:
@@ -96,7 +129,7 @@ def flatten_paths(tree: Any, *, is_leaf: Callable[[Any], bool] | None = None) ->
         InputError: two leaves have the same path name.
     """
     out: dict[str, Any] = {}
-    for path, leaf in jtu.tree_flatten_with_path(tree, is_leaf=is_leaf)[0]:
+    for path, leaf in flatten_with_path(tree, is_leaf=is_leaf)[0]:
         name = path_name(path)
         if name in out:
             raise InputError(
@@ -115,9 +148,13 @@ def map_with_path(
     >>> map_with_path(lambda path, x: f"{path}={x}", {"a": {"b": 1}})
     {'a': {'b': 'a/b=1'}}
     """
-    return jtu.tree_map_with_path(
-        lambda path, *xs: f(path_name(path), *xs), tree, *rest, is_leaf=is_leaf
-    )
+    keyed, treedef = flatten_with_path(tree, is_leaf=is_leaf)
+    columns = [treedef.flatten_up_to(other) for other in rest]
+    mapped = [
+        f(path_name(path), leaf, *others)
+        for (path, leaf), *others in zip(keyed, *columns, strict=True)
+    ]
+    return jtu.tree_unflatten(treedef, mapped)
 
 
 def partition(tree: Any, mask: Any) -> tuple[Any, Any]:

@@ -11,7 +11,7 @@ import numpy as np
 from ..errors import InputError
 from ..lora.array import is_special
 from ..lora.targets import matches_name, matches_regex
-from ..tree import path_name
+from ..tree import flatten_with_path, path_name
 from .interpreter import evaluate
 from .rules import Allow, make_dense, make_handle
 from .views import identity_view
@@ -55,7 +55,7 @@ def lift(
 
     @functools.wraps(f)
     def lifted(*args: Any, **kwargs: Any) -> Any:
-        keyed, treedef = jax.tree_util.tree_flatten_with_path((args, kwargs), is_leaf=is_special)
+        keyed, treedef = flatten_with_path((args, kwargs), is_leaf=is_special)
         leaves = [leaf for _, leaf in keyed]
         if not any(is_special(leaf) for leaf in leaves):
             return f(*args, **kwargs)
