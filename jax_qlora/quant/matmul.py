@@ -129,14 +129,16 @@ def _tiled(x: Array, q: QuantizedArray, *, transpose: bool, dtype: Any) -> Array
             y = jnp.moveaxis(y, 0, 1).reshape(x.shape[0], whole)
         return jnp.concatenate([y, multiply(*rest)], axis=1) if whole < rows else y
 
-    def add(total: tuple[Array, Array], codes: Array, absmax: Array, x: Array) -> Any:
+    def add(total: tuple[Array, Array], start: Array | int, codes: Array, absmax: Array) -> Any:
         w_even, w_odd = decode(codes, absmax)
+        # sliced here: cutting x.T up beforehand makes the products a tenth slower
+        part = lax.dynamic_slice_in_dim(x, start, codes.shape[0], axis=1)
         even, odd = total
-        return even + dot(x, w_even, 0, 0, acc), odd + dot(x, w_odd, 0, 0, acc)
+        return even + dot(part, w_even, 1, 0, acc), odd + dot(part, w_odd, 1, 0, acc)
 
-    xt = x.T
     zero = jnp.zeros((x.shape[0], width), acc)
-    total, _ = lax.scan(lambda t, c: (add(t, *c), None), (zero, zero), (*tiles, cut(xt)))
+    starts = jnp.arange(0, whole, tile, dtype=jnp.int32)
+    total, _ = lax.scan(lambda t, c: (add(t, *c), None), (zero, zero), (starts, *tiles))
     if whole < rows:
-        total = add(total, *rest, xt[whole:])
+        total = add(total, whole, *rest)
     return jnp.stack(total, axis=-1).reshape(x.shape[0], 2 * width)[:, :cols].astype(dtype)
