@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The key-value header of a GGUF file, read in a twentieth of a second.
+"""The header of a GGUF file, metadata and tensor table, read in a twentieth of a second.
 
 The `gguf` package reads it too, but makes a NumPy view of each of a vocabulary's strings (seconds).
 
@@ -8,6 +8,7 @@ References:
 """
 
 import struct
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -29,6 +30,35 @@ def read_gguf_metadata(path: str | Path) -> dict[str, Any]:
     Raises:
         InputError: the file is missing, is no GGUF file, or ends inside the header.
     """
+    return read_gguf_header(path)[0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GGUFEntry:
+    """Where a GGUF file keeps a tensor.
+
+    Attributes:
+        name: Its name in the file.
+        shape: Its shape, slowest axis first (the file has it the other way round).
+        kind: Number of its `GGMLQuantizationType`.
+        offset: Byte of the file at which its data start.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    kind: int
+    offset: int
+
+
+def read_gguf_header(path: str | Path) -> tuple[dict[str, Any], dict[str, GGUFEntry]]:
+    """Return the metadata of a GGUF file, and where its tensors are, by name.
+
+    Args:
+        path: a GGUF file, version 2 or 3, little-endian.
+
+    Raises:
+        InputError: as `read_gguf_metadata`.
+    """
     try:
         with Path(path).open("rb") as file:
             return _Header(file, Path(path).stat().st_size).read()
@@ -46,15 +76,25 @@ class _Header:
         self.file = file
         self.size = size
 
-    def read(self) -> dict[str, Any]:
-        magic, version, _, count = self.numbers("4sIQQ")
+    def read(self) -> tuple[dict[str, Any], dict[str, GGUFEntry]]:
+        magic, version, tensors, count = self.numbers("4sIQQ")
         if magic != b"GGUF" or version not in (2, 3):
             raise EOFError(f"it starts with {magic!r}, version {version}")
         values = {}
         for _ in range(count):
             key = self.string()
             values[key] = self.value(self.numbers("I")[0])
-        return values
+        table = []
+        for _ in range(tensors):
+            name, (axes,) = self.string(), self.numbers("I")
+            table.append((name, self.numbers(f"{axes}Q")[::-1], *self.numbers("IQ")))
+        alignment = values.get("general.alignment", 32)
+        data = -(-self.file.tell() // alignment) * alignment
+        entries = {
+            name: GGUFEntry(name=name, shape=shape, kind=kind, offset=data + offset)
+            for name, shape, kind, offset in table
+        }
+        return values, entries
 
     def value(self, kind: int) -> Any:
         if kind == _STRING:
