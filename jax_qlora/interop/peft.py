@@ -11,17 +11,12 @@ Adapters of any other tree use the same format with the tree's path as the modul
 """
 
 import os
-import shutil
-import uuid
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from ..errors import InputError
 from ..lora import LoraPair, Targets
@@ -29,9 +24,10 @@ from ..lora.array import is_special
 from ..models import Model
 from ..quant.layout import KernelLayout
 from ..tree import flatten_paths
-from .peft_config import CONFIG_NAME, PeftConfig, config_json, make_config, read_config
+from .adapter_files import WEIGHTS_NAME, read_tensors, write_adapter
+from .hf import tensor_names
+from .peft_config import PeftConfig, config_json, make_config, read_config
 
-WEIGHTS_NAME = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _SUFFIXES = {"a": ".lora_A.weight", "b": ".lora_B.weight"}
 
@@ -105,7 +101,7 @@ def save_adapter(
         dropout=max(pair.dropout for pair in adapter.values()),
     )
     text = config_json(config, base_model=base_model, causal_lm=isinstance(model, Model))
-    _write(path, tensors, text)
+    write_adapter(path, tensors, text)
     b = [x for name, x in tensors.items() if name.endswith(_SUFFIXES["b"])]
     return SavedAdapter(
         path=path,
@@ -135,7 +131,7 @@ def load_adapter(path: str | os.PathLike[str], model: Model | Targets) -> dict[s
     """
     path = Path(path)
     config = read_config(path)
-    tensors = _read(path / WEIGHTS_NAME)
+    tensors = read_tensors(path / WEIGHTS_NAME)
     slots = _slots(model)
     _check_fit(path, config, tensors, slots)
     stacks: dict[str, dict[int | None, str]] = {}
@@ -168,11 +164,14 @@ def _slots(model: Model | Targets) -> dict[str, _Slot]:
             continue
         shape = tuple(leaf.shape)
         layout = KernelLayout(shape=shape[-2:], in_axes=(-2,))
-        base, name = module.partition("/")[::2]
-        for layer in range(shape[0]) if base == "layers" else (None,):
-            full = module if layer is None else f"model.layers.{layer}.{name}"
-            slots[full.replace("/", ".")] = _Slot(
-                path=path, layer=layer, lead=shape[:-2], layout=layout, head=base == "lm_head"
+        stacked = path.startswith("layers/")
+        for layer, name in enumerate(tensor_names(path, model.config)):
+            slots[name.removesuffix(".weight")] = _Slot(
+                path=path,
+                layer=layer if stacked else None,
+                lead=shape[:-2],
+                layout=layout,
+                head=module == "lm_head",
             )
     return slots
 
@@ -308,71 +307,3 @@ def _check_fit(
 def _some(items: Iterable[str]) -> str:
     items = list(items)
     return ", ".join(items[:6]) + (f", ... ({len(items)} in all)" if len(items) > 6 else "")
-
-
-def _read(file: Path) -> dict[str, np.ndarray]:
-    """All tensors of a safetensors file, as float32."""
-    if not file.is_file():
-        others = sorted(p.name for p in file.parent.iterdir() if p.suffix in (".bin", ".pt"))
-        hint = f"found {_some(others)}, pickles that are not read: " if others else ""
-        raise InputError(
-            f"{file} is missing: {hint}save the adapter with PEFT's save_pretrained, which writes "
-            "safetensors."
-        )
-    tensors: dict[str, np.ndarray] = {}
-    try:
-        with safe_open(file, framework="numpy") as f:
-            for key in f.keys():
-                x: Any = f.get_tensor(key)
-                if not jnp.issubdtype(x.dtype, jnp.floating):
-                    raise InputError(f"{file}: '{key}' is {x.dtype}, expected floating point.")
-                tensors[key] = np.asarray(x, np.float32)
-    except (SafetensorError, OSError) as e:
-        size = file.stat().st_size
-        raise InputError(
-            f"{file} ({size:,} bytes) is not a whole safetensors file: {e}. Copy or save it again."
-        ) from e
-    return tensors
-
-
-def _write(path: Path, tensors: dict[str, np.ndarray], config: str) -> None:
-    """Writes both files aside, reads them back, and swaps the directory in."""
-    path = path.resolve()
-    if path.exists() and not path.is_dir():
-        raise InputError(f"{path} is a file: expected a directory to save the adapter in.")
-    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        aside.mkdir(parents=True)
-        save_file(tensors, aside / WEIGHTS_NAME, metadata={"format": "pt"})
-        (aside / CONFIG_NAME).write_text(config, encoding="utf-8")
-        back = _read(aside / WEIGHTS_NAME)
-        if back.keys() != tensors.keys() or any(
-            not np.array_equal(back[k], x) for k, x in tensors.items()
-        ):
-            raise OSError("what was read back differs from what was written")
-        _swap(aside, path)
-    except (OSError, SafetensorError) as e:
-        raise InputError(
-            f"the adapter cannot be written to {path}: {e}. Anything that was there is as it was; "
-            "free some space or choose another directory."
-        ) from e
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-def _swap(new: Path, path: Path) -> None:
-    """Moves `new` to `path`; what was there stays whole until the new one is in place."""
-    if not path.exists():
-        os.rename(new, path)
-        return
-    old = path.with_name(f".{path.name}.old.{uuid.uuid4().hex}")
-    os.rename(path, old)
-    try:
-        os.rename(new, path)
-    except OSError:
-        os.rename(old, path)
-        raise
-    for entry in old.iterdir():
-        if entry.name not in (CONFIG_NAME, WEIGHTS_NAME):
-            os.rename(entry, path / entry.name)
-    shutil.rmtree(old)

@@ -13,7 +13,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import jax_qlora as jq
-from jax_qlora.interop import peft as module
+from jax_qlora.interop import adapter_files
 from jax_qlora.interop.peft import load_adapter, save_adapter
 from jax_qlora.interop.peft_config import PeftConfig, make_config, read_config
 from jax_qlora.lora import LoraPair
@@ -411,7 +411,7 @@ def test_missing_and_damaged_files(llama: Any, tmp_path: Path):
     path = copy("qv_r4", tmp_path / "truncated")
     file = path / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(jq.InputError, match=r"bytes\) is not a whole safetensors file"):
+    with pytest.raises(jq.InputError, match="not a complete safetensors file"):
         load_adapter(path, llama)
 
 
@@ -476,11 +476,11 @@ def test_a_full_disk_leaves_the_old_adapter(
     path = tmp_path / "a"
     save_adapter(path, adapter, tiny)
 
-    def full(*args: Any, **kwargs: Any) -> None:
+    def full(*args: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(module, "save_file", full)
-    with pytest.raises(jq.InputError, match="cannot be written to .*No space left"):
+    monkeypatch.setattr(adapter_files.os, "fsync", full)
+    with pytest.raises(jq.InputError, match="cannot be written: No space left"):
         save_adapter(path, jax.tree.map(lambda x: 2 * x, adapter), tiny)
     assert_trees_close(load_adapter(path, tiny), adapter)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a"]
@@ -489,10 +489,10 @@ def test_a_full_disk_leaves_the_old_adapter(
 def test_a_file_that_reads_back_differently(
     tiny: Any, adapter: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    def flip(tensors: dict[str, Any], file: Path, metadata: Any) -> None:
-        save_file({k: x + 1 for k, x in tensors.items()}, file)
+    def flip(file: Path, tensors: Any, metadata: Any) -> None:
+        save_file({name: x.make() + 1 for name, x in tensors.items()}, file)
 
-    monkeypatch.setattr(module, "save_file", flip)
+    monkeypatch.setattr(adapter_files, "write_file", flip)
     with pytest.raises(jq.InputError, match="what was read back differs"):
         save_adapter(tmp_path / "a", adapter, tiny)
     assert not any(tmp_path.iterdir())
@@ -503,7 +503,7 @@ def test_a_swap_that_fails_halfway(
 ):
     path = tmp_path / "a"
     save_adapter(path, adapter, tiny)
-    rename, calls = module.os.rename, []
+    rename, calls = adapter_files.os.rename, []
 
     def second_fails(source: Any, target: Any) -> None:
         calls.append(target)
@@ -511,7 +511,7 @@ def test_a_swap_that_fails_halfway(
             raise OSError(errno.EIO, "Input/output error")
         rename(source, target)
 
-    monkeypatch.setattr(module.os, "rename", second_fails)
+    monkeypatch.setattr(adapter_files.os, "rename", second_fails)
     with pytest.raises(jq.InputError, match="Input/output error"):
         save_adapter(path, jax.tree.map(lambda x: 2 * x, adapter), tiny)
     assert_trees_close(load_adapter(path, tiny), adapter)

@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The jax_qlora side of train_step.py: a worker that runs one training step when told to."""
+
+import argparse
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from worker import add_model_arguments, serve
+
+import jax_qlora as jq
+from jax_qlora.config import Config
+from jax_qlora.models import DecoderConfig, Model, abstract_params, decoder_functions
+from jax_qlora.optim import adamw
+from jax_qlora.train.step import init_state, make_step
+from jax_qlora.tree import map_with_path
+
+
+def build(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
+    """The step, and what there is to say about the model."""
+    shape = DecoderConfig(
+        vocab_size=args.vocab,
+        d_model=args.hidden,
+        d_ff=args.intermediate,
+        n_layers=args.layers,
+        n_heads=args.heads,
+        n_kv_heads=args.kv_heads,
+        head_dim=args.hidden // args.heads,
+        max_length=max(2048, args.seq),
+    )
+    dtype = jnp.dtype(args.dtype)
+    functions = decoder_functions(shape, compute_dtype=dtype, remat=args.remat)
+    abstract = abstract_params(shape)
+    example = jax.ShapeDtypeStruct((args.batch, args.seq), jnp.int32)
+    targets = jq.find_targets(functions.apply, abstract, example)
+    rng = np.random.default_rng(0)
+
+    def draw(path: str, leaf: Any) -> Any:
+        """One parameter, a stacked kernel layer by layer, as a checkpoint is read."""
+        if path.endswith("scale"):
+            return jnp.ones(leaf.shape, dtype)
+
+        def normal(dims: tuple[int, ...]) -> jax.Array:
+            return jnp.asarray(0.02 * rng.standard_normal(dims, np.float32), dtype)
+
+        if args.mode != "qlora" or path not in targets:
+            return normal(leaf.shape)
+        layers = [jq.quantize_array(normal(leaf.shape[1:])) for _ in range(leaf.shape[0])]
+        return jax.tree.map(lambda *parts: jnp.stack(parts), *layers)
+
+    base = jax.block_until_ready(map_with_path(draw, abstract))
+    adapter = jq.init_adapter(jax.random.key(0), targets, rank=args.rank, alpha=2 * args.rank)
+    model = Model(config=shape, params=base, functions=functions.map(jq.lift), compute_dtype=dtype)
+    optimizer = adamw(1e-4)
+    step = jax.jit(make_step(model, optimizer, Config(), width=args.seq - 1), donate_argnums=0)
+    state = init_state(adapter, optimizer)
+    tokens = rng.integers(0, args.vocab, (1, args.batch, args.seq), dtype=np.int32)
+    all_true = np.ones(tokens.shape, bool)
+    batch = {"tokens": tokens, "loss_mask": all_true, "attention_mask": all_true}
+
+    def run() -> float:
+        nonlocal state
+        state, values = step(state, base, batch)
+        return float(values["loss"])
+
+    trainable = sum(x.size for x in jax.tree.leaves(adapter))
+    return run, {"jax": jax.__version__, "trainable": trainable}
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--mode", choices=("qlora", "lora"), required=True)
+    add_model_arguments(parser)
+    sys.exit(serve(build, parser.parse_args()))

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The two files of an adapter's directory, read whole and replaced whole."""
+
+import os
+import shutil
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+
+from ..errors import InputError
+from .peft_config import CONFIG_NAME
+from .safetensors import read_header
+from .safetensors_write import PlannedTensor, write_file
+
+WEIGHTS_NAME = "adapter_model.safetensors"
+
+
+def read_tensors(file: Path) -> dict[str, np.ndarray]:
+    """All tensors of an adapter's weights file, as float32.
+
+    Args:
+        file: The safetensors file.
+
+    Raises:
+        InputError: it is missing, damaged, or holds something that is not floating point.
+    """
+    if not file.is_file():
+        others = sorted(p.name for p in file.parent.iterdir() if p.suffix in (".bin", ".pt"))
+        hint = f"found {', '.join(others)}, pickles that are not read: " if others else ""
+        raise InputError(
+            f"{file} is missing: {hint}save the adapter with PEFT's save_pretrained, which writes "
+            "safetensors."
+        )
+    tensors: dict[str, np.ndarray] = {}
+    for name, tensor in read_header(file).items():
+        if not jnp.issubdtype(tensor.dtype, jnp.floating):
+            raise InputError(f"{file}: '{name}' is {tensor.dtype}, expected floating point.")
+        tensors[name] = np.asarray(tensor.read(), np.float32)
+    return tensors
+
+
+def write_adapter(path: Path, tensors: Mapping[str, np.ndarray], config: str) -> None:
+    """Writes both files aside, reads them back, and swaps the directory in.
+
+    Args:
+        path: The adapter's directory. If it exists, its other files are kept.
+        tensors: The weights, by name.
+        config: The text of adapter_config.json.
+
+    Raises:
+        InputError: it cannot be written; what was there is as it was.
+    """
+    path = path.resolve()
+    if path.exists() and not path.is_dir():
+        raise InputError(f"{path} is a file: expected a directory to save the adapter in.")
+    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    planned = {
+        name: PlannedTensor(dtype=x.dtype, shape=x.shape, make=lambda x=x: x)
+        for name, x in tensors.items()
+    }
+    try:
+        aside.mkdir(parents=True)
+        write_file(aside / WEIGHTS_NAME, planned, metadata={"format": "pt"})
+        (aside / CONFIG_NAME).write_text(config, encoding="utf-8")
+        back = read_tensors(aside / WEIGHTS_NAME)
+        if back.keys() != tensors.keys() or any(
+            not np.array_equal(back[name], x) for name, x in tensors.items()
+        ):
+            raise OSError("what was read back differs from what was written")
+        _swap(aside, path)
+    except OSError as e:
+        raise InputError(
+            f"the adapter cannot be written to {path}: {e}. Anything that was there is as it was; "
+            "choose another directory."
+        ) from e
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _swap(new: Path, path: Path) -> None:
+    """Moves `new` to `path`; what was there stays whole until the new one is in place."""
+    if not path.exists():
+        os.rename(new, path)
+        return
+    old = path.with_name(f".{path.name}.old.{uuid.uuid4().hex}")
+    os.rename(path, old)
+    try:
+        os.rename(new, path)
+    except OSError:
+        os.rename(old, path)
+        raise
+    for entry in old.iterdir():
+        if entry.name not in (CONFIG_NAME, WEIGHTS_NAME):
+            os.rename(entry, path / entry.name)
+    shutil.rmtree(old)
