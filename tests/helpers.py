@@ -28,3 +28,9 @@ def assert_trees_close(got: Any, want: Any, *, rtol: float = 0.0, atol: float = 
         np.testing.assert_allclose(
             np.asarray(x, np.float64), np.asarray(y, np.float64), rtol=rtol, atol=atol, err_msg=name
         )
+
+
+def normal(shape: tuple[int, ...], seed: int = 0, dtype: Any = np.float32) -> jax.Array:
+    """Standard normal numbers, drawn by NumPy: nothing is compiled for them."""
+    numbers = np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+    return jax.numpy.asarray(numbers.astype(jax.numpy.dtype(dtype)))

@@ -14,7 +14,7 @@ from ..quant import QuantizedArray, quantize_array
 from ..tree import flatten_paths, map_with_path
 from ..typing import Key, PyTree
 from .array import LoraArray, LoraPair, is_special, materialize
-from .targets import Target, Targets, matches_pattern, pick_by_pattern
+from .targets import Target, Targets, matches_pattern, module_names, pick_by_pattern
 
 Adapter = dict[str, LoraPair]
 
@@ -93,8 +93,7 @@ def init_adapter(
             if not any(matches_pattern(path, pattern) for path in targets):
                 raise InputError(
                     f"{name} '{pattern}' matches none of the {len(targets)} targets: expected the "
-                    f"end "
-                    f"of a module name such as '{next(iter(targets)).rpartition('/')[0]}'. "
+                    f"end of a module name such as '{module_names(next(iter(targets)))[1]}'. "
                     "Print the targets to see their names."
                 )
     if not 0.0 <= dropout < 1.0:
@@ -105,7 +104,13 @@ def init_adapter(
         numerator = pick_by_pattern(target.path, alpha_pattern, alpha)
         if not (isinstance(r, int) and 1 <= r):
             raise InputError(
-                f"rank {r!r} for '{target.path}': expected a whole number of at least 1."
+                f"rank {r!r} for '{target.path}': expected a whole number of at least 1. "
+                "4 to 64 are common."
+            )
+        if not 0 < numerator < math.inf:
+            raise InputError(
+                f"alpha {numerator!r} for '{target.path}': expected a positive number. "
+                "Twice the rank is common."
             )
         rows, cols = target.layout.rows, target.layout.cols
         bound = 1 / math.sqrt(cols)
@@ -122,7 +127,7 @@ def init_adapter(
     return {target.path: one(target) for target in targets.values()}
 
 
-def attach(base: PyTree, adapter: Adapter, *, dropout_key: Any = None) -> PyTree:
+def attach(base: PyTree, adapter: Mapping[str, Any], *, dropout_key: Any = None) -> PyTree:
     """The tree for `lift(apply)`: `base` with every adapted kernel wrapped with its update.
 
     Costs nothing and copies nothing; call it inside the jitted step. One base serves any number of
@@ -136,6 +141,7 @@ def attach(base: PyTree, adapter: Adapter, *, dropout_key: Any = None) -> PyTree
     Raises:
         InputError: the adapter names a path that is not in `base`, or a kernel of another shape.
     """
+    _check_adapter(adapter)
     _check_paths(adapter, base)
 
     def one(path: str, leaf: Any) -> Any:
@@ -153,6 +159,12 @@ def attach(base: PyTree, adapter: Adapter, *, dropout_key: Any = None) -> PyTree
                 f"the adapter's update of '{path}' is for a kernel of shape {shape}, found "
                 f"{tuple(leaf.shape)}. The adapter was made for another model or layout."
             )
+        if isinstance(leaf, QuantizedArray) and leaf.layout != pair.layout:
+            raise InputError(
+                f"'{path}' is quantized along other axes than its update contracts: expected "
+                f"{pair.layout}, found {leaf.layout}. Quantize with the targets that the adapter "
+                "was made for: quantize(params, targets)."
+            )
         keys = None
         if dropout_key is not None and pair.dropout > 0:
             path_key = jax.random.fold_in(dropout_key, zlib.crc32(path.encode()))
@@ -162,7 +174,7 @@ def attach(base: PyTree, adapter: Adapter, *, dropout_key: Any = None) -> PyTree
     return map_with_path(one, base, is_leaf=is_special)
 
 
-def merge(base: PyTree, adapter: Adapter | None = None, *, dtype: Any = None) -> PyTree:
+def merge(base: PyTree, adapter: Mapping[str, Any] | None = None, *, dtype: Any = None) -> PyTree:
     """Dense parameters with the updates folded in: no adapter, no latency at inference.
 
     The sum is taken in float32 with the *dequantized* base, which is what the adapter was trained
@@ -182,7 +194,7 @@ def merge(base: PyTree, adapter: Adapter | None = None, *, dtype: Any = None) ->
     )
 
 
-def unmerge(params: PyTree, adapter: Adapter, *, dtype: Any = None) -> PyTree:
+def unmerge(params: PyTree, adapter: Mapping[str, Any], *, dtype: Any = None) -> PyTree:
     """Inverse of `merge` for dense parameters, up to rounding: subtracts the updates.
 
     Args:
@@ -193,6 +205,7 @@ def unmerge(params: PyTree, adapter: Adapter, *, dtype: Any = None) -> PyTree:
     Raises:
         InputError: as `attach`; or a kernel is quantized, from which nothing can be subtracted.
     """
+    _check_adapter(adapter)
     _check_paths(adapter, params)
 
     def one(path: str, leaf: Any) -> Any:
@@ -207,6 +220,19 @@ def unmerge(params: PyTree, adapter: Adapter, *, dtype: Any = None) -> PyTree:
         return (jnp.asarray(leaf, jnp.float32) - delta).astype(dtype or leaf.dtype)
 
     return map_with_path(one, params, is_leaf=is_special)
+
+
+def _check_adapter(adapter: Any) -> None:
+    bad = adapter
+    if isinstance(adapter, Mapping):
+        wrong = [path for path, pair in adapter.items() if not isinstance(pair, LoraPair)]
+        if not wrong:
+            return
+        bad = f"{type(adapter[wrong[0]]).__name__} at '{wrong[0]}'"
+    raise InputError(
+        f"the adapter is no mapping from paths to LoraPair: found {bad}. Expected what "
+        "init_adapter returns, in the order (base, adapter)."
+    )
 
 
 def _check_paths(wanted: Mapping[str, Any], tree: Any) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ..errors import InputError
 from ..quant import QuantizedArray, dequantize
 from ..quant.array import lookup_rows
 from ..quant.layout import KernelLayout
@@ -17,7 +18,7 @@ from ..typing import Array, Float
 
 
 @pytree(static=("layout", "scale", "dropout"))
-@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+@dataclasses.dataclass(frozen=True, kw_only=True, repr=False, eq=False)
 class LoraPair:
     """The update `scale * (b @ a)` of a kernel folded to `[*lead, rows, cols]` (LoRA, equation 3).
 
@@ -47,16 +48,23 @@ class LoraPair:
 
     def delta_rows(self) -> Float[Array, "*lead rows cols"]:
         """The update as a dense float32 array in torch's layout."""
-        product = jnp.matmul(self.b.astype(jnp.float32), self.a.astype(jnp.float32))
-        return self.scale * product
+        b, a = self.b.astype(jnp.float32), self.a.astype(jnp.float32)
+        return self.scale * jnp.matmul(b, a, precision=jax.lax.Precision.HIGHEST)
 
     def delta(self) -> Float[Array, "..."]:
         """The update as a dense float32 array in the kernel's own layout."""
         return self.layout.from_rows(self.delta_rows())
 
+    def __repr__(self) -> str:
+        if not hasattr(self.a, "shape"):  # a tree of something else, e.g. of masks
+            return f"LoraPair(a={self.a!r}, b={self.b!r})"
+        dropout = f", dropout {self.dropout}" * (self.dropout > 0)
+        shape = (*self.lead, *self.layout.shape)
+        return f"LoraPair(rank {self.rank} of {shape}, scale {self.scale:g}{dropout})"
+
 
 @pytree()
-@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+@dataclasses.dataclass(frozen=True, kw_only=True, repr=False, eq=False)
 class LoraArray:
     """A frozen kernel and its low-rank update, as one value: `base + scale * (b @ a)`.
 
@@ -96,6 +104,18 @@ class LoraArray:
     def layout(self) -> KernelLayout:
         """Which trailing axes of the kernel are contracted."""
         return self.pair.layout
+
+    def __repr__(self) -> str:
+        dense = hasattr(self.base, "shape") and not isinstance(self.base, QuantizedArray)
+        base = f"{self.dtype} {self.shape}" if dense else repr(self.base)
+        return f"LoraArray({base}, {self.pair!r})"
+
+    def __jax_array__(self) -> Array:
+        raise InputError(
+            f"{self!r} was used as an array: expected a function run by jax_qlora.lift, found jax "
+            "applied to the adapted kernel itself. Call lift(f)(params, ...) instead of "
+            "f(params, ...), or make it dense with jax_qlora.merge."
+        )
 
 
 def is_special(x: Any) -> bool:

@@ -53,6 +53,8 @@ def summary(tree: Any, adapter: Any = None) -> str:
     adapter = dict(adapter or {})
     rows, total, trainable, held = [], 0, 0, 0
     for path, leaf in flatten_paths(tree, is_leaf=_is_leaf).items():
+        if not (_is_leaf(leaf) or hasattr(leaf, "dtype")):
+            continue  # a number or function that a module holds
         pair = leaf.pair if isinstance(leaf, LoraArray) else adapter.get(path)
         base = leaf.base if isinstance(leaf, LoraArray) else leaf
         if isinstance(base, LoraPair):

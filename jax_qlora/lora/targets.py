@@ -141,11 +141,11 @@ def select_targets(found: Iterable[Target], match: Match) -> Targets:
         except re.error as e:
             raise InputError(
                 f"target pattern {match!r} is no regular expression ({e}): expected 'all-linear', "
-                f"a "
-                "list of names, or a regular expression. Escape it, or pass a list of names."
+                "a list of names, or a regular expression. Escape it, or pass a list of names."
             ) from e
         if not selected:
-            raise _no_match(match, found, "the expression must match a whole name")
+            why = f"the expression must match a whole name; for the end of one pass ['{match}']"
+            raise _no_match(match, found, why)
     else:
         for name in match:
             if not any(matches_name(t.path, name) for t in found):

@@ -15,13 +15,9 @@ from jax_qlora.quant import quantize_rows
 from jax_qlora.quant.array import block_constants, dequantize_rows, lookup_rows
 from jax_qlora.quant.codebook import CODEBOOKS
 from jax_qlora.quant.layout import KernelLayout, make_layout
-from tests.helpers import golden
+from tests.helpers import golden, normal
 
 FORMATS = list(CODEBOOKS)
-
-
-def normal(shape, seed=0, dtype=jnp.float32):
-    return jax.random.normal(jax.random.key(seed), shape).astype(dtype)
 
 
 # --- values ------------------------------------------------------------------------------------

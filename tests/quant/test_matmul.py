@@ -10,14 +10,11 @@ from jax.test_util import check_grads
 from jax_qlora.quant import matmul as matmul_module
 from jax_qlora.quant import quantize_array, quantized_matmul
 from jax_qlora.quant.array import dequantize_rows
+from tests.helpers import normal
 
 # float32: rounding of sums in another order. Half precision: operands are rounded alike, sums are
 # in float32 in both, so that only the last rounding differs.
 TOLERANCE = {jnp.float32: 2e-6, jnp.bfloat16: 1e-2, jnp.float16: 2e-3}
-
-
-def normal(shape, seed=0, dtype=jnp.float32):
-    return jax.random.normal(jax.random.key(seed), shape).astype(dtype)
 
 
 def dense_matmul(x, q, *, transpose=False, dtype=None):
