@@ -107,9 +107,9 @@ def held_out_batches(
     length = padded_length(encoded, multiple=length_multiple)
     batches = []
     for start in range(0, len(encoded), batch_size):
-        rows = np.arange(start, start + batch_size)
-        batch = make_batch([encoded[row] for row in rows % len(encoded)], length)
-        batch["loss_mask"][rows >= len(encoded)] = False
+        rows = range(start, start + batch_size)
+        batch = make_batch([encoded[row % len(encoded)] for row in rows], length)
+        batch["loss_mask"][len(encoded) - start :] = False
         batches.append(batch)
     return batches
 
@@ -118,21 +118,24 @@ def held_out_loss(
     loss: Callable[[Batch], tuple[Array, Array]],
     batches: Sequence[Batch],
     *,
-    stop: Callable[[], bool] = lambda: False,
+    on_batch: Callable[[int], None] = lambda done: None,
+    stop: Callable[[], int] = lambda: 0,
 ) -> float:
     """Return the mean loss per answer token over all batches.
 
     Args:
         loss: `answer_loss` of one batch, jitted, parameters bound.
         batches: From `held_out_batches`.
-        stop: Asked before each batch; True ends early with NaN.
+        on_batch: Called with the number of batches done.
+        stop: Asked before each batch; an answer but 0 ends early, with NaN.
     """
     total, count = 0.0, 0.0
-    for batch in batches:
+    for done, batch in enumerate(batches, 1):
         if stop():
             return float("nan")
         part, tokens = loss(batch)
         total, count = total + float(part), count + float(tokens)
+        on_batch(done)
     return total / max(count, 1.0)
 
 

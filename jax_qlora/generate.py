@@ -10,9 +10,9 @@ import numpy as np
 
 from .errors import InputError
 from .models import Model
-from .typing import Array, Bool, Float, Int, Key, PyTree
+from .typing import Array, ArrayLike, Bool, Float, Int, Key, PyTree
 
-Generator = Callable[[PyTree, Array, Array, Array], Array]
+Generator = Callable[[PyTree, ArrayLike, ArrayLike, Array], Array]
 """`(params, tokens, attention_mask, key) -> new tokens [batch, max_new_tokens]`, jitted."""
 
 
@@ -166,7 +166,8 @@ def answer(
     *,
     key: Key[Array, ""],
     batch_size: int = 32,
-    on_batch: Callable[[int], None] | None = None,
+    on_batch: Callable[[int], None] = lambda done: None,
+    stop: Callable[[], int] = lambda: 0,
 ) -> list[str]:
     """Continue any number of prompts, batch by batch, and decode what was generated.
 
@@ -178,6 +179,7 @@ def answer(
         key: Random key for sampling.
         batch_size: Rows at once; the last batch is filled up, so one shape is compiled.
         on_batch: Called with the number of prompts answered so far.
+        stop: Asked before each batch; an answer but 0 leaves the rest unanswered.
 
     Returns:
         The text of each answer, up to its end token.
@@ -186,14 +188,15 @@ def answer(
     size = min(batch_size, len(prompts))
     texts: list[str] = []
     for start in range(0, len(prompts), size):
+        if stop():
+            break
         rows = np.minimum(np.arange(start, start + size), len(prompts) - 1)
         new = generator(params, tokens[rows], mask[rows], jax.random.fold_in(key, start))
         count = min(size, len(prompts) - start)
         texts += model.tokenizer.batch_decode(
             [_until_end(row, model) for row in np.asarray(new)[:count]], skip_special_tokens=True
         )
-        if on_batch:
-            on_batch(len(texts))
+        on_batch(len(texts))
     return [text.strip() for text in texts]
 
 

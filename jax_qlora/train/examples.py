@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The examples of a run as tokens, and the batch of any step as a pure function of its number."""
+
+from dataclasses import dataclass
+
+from ..config import Config
+from ..data.batches import batch_indices, make_batch, padded_length
+from ..data.encode import Encoded, encode_all
+from ..data.examples import Example, load_splits
+from ..evaluate import Batch, answer_width
+from ..models import Model
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """Encoded examples and the settings that make batches of them.
+
+    Attributes:
+        config: Settings of batches; the seed.
+        train: Examples to learn.
+        held_out: Examples to measure on.
+        held_out_examples: The same as they were read.
+    """
+
+    config: Config
+    train: list[Encoded]
+    held_out: list[Encoded]
+    held_out_examples: list[Example]
+
+    @property
+    def longest(self) -> int:
+        """Length of the longest batch there can be."""
+        return padded_length(self.train, multiple=self.config.data.length_multiple)
+
+    @property
+    def width(self) -> int:
+        """Most answer tokens in any example."""
+        return answer_width([*self.train, *self.held_out])
+
+    def batch(self, step: int, *, length: int | None = None) -> Batch:
+        """Return the arrays of one optimizer step, each `[accumulate, batch, seq]`.
+
+        Args:
+            step: Steps before this one.
+            length: `seq`; by default what the batch's longest example needs.
+        """
+        rows, parts = self.config.train.batch_size, self.config.train.accumulate
+        chosen = batch_indices(
+            self.config.seed, step, batch_size=rows * parts, count=len(self.train)
+        )
+        examples = [self.train[i] for i in chosen]
+        length = length or padded_length(examples, multiple=self.config.data.length_multiple)
+        batch = make_batch(examples, length)
+        return {name: x.reshape(parts, rows, length) for name, x in batch.items()}
+
+
+def load_data(config: Config, model: Model) -> Data:
+    """Read and encode the examples that `config` names.
+
+    Args:
+        config: Settings; `data` and `eval`.
+        model: Its tokenizer encodes.
+
+    Raises:
+        InputError: Missing or malformed data, an example that does not fit, no chat template.
+    """
+    train, held_out = load_splits(
+        config.data.source,
+        held_out_source=config.data.eval_source,
+        held_out=config.eval.examples,
+    )
+    return Data(
+        config=config,
+        train=encode_all(model.tokenizer, train, config.data.max_length),
+        held_out=encode_all(model.tokenizer, held_out, config.data.max_length),
+        held_out_examples=held_out,
+    )

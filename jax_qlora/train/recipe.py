@@ -1,0 +1,277 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The recipe: fine-tune a decoder with LoRA on a 4-bit base, from settings to adapter.
+
+Read `train` from top to bottom. What trains (the adapter) and what does not (the base) are two
+trees from the start; gradients, optimizer state and checkpoints know only the first.
+"""
+
+import dataclasses
+import functools
+import json
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+
+from .. import checkpoint
+from ..config import Config, check_config, run_identity, to_toml
+from ..errors import InputError
+from ..evaluate import Batch, answer_loss, assemble, held_out_batches, held_out_loss
+from ..interop.load import load_model
+from ..lift import find_targets
+from ..lora import init_adapter, summary
+from ..models import Model
+from ..optim import adamw, make_schedule
+from ..report import Display, Metrics, write_text
+from ..tree import nbytes
+from ..typing import Array, PyTree
+from .answers import Answers, held_out_prompts, system_prompt
+from .examples import load_data
+from .outcome import finish
+from .step import CompiledSteps, TrainState, check_finite, init_state, make_step
+from .stop import stop_requests
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """How a run ended.
+
+    Attributes:
+        step: Optimizer steps done.
+        interrupted: Number of the signal that stopped it early, or 0.
+        figures: What was measured; empty when it was interrupted.
+    """
+
+    step: int
+    interrupted: int
+    figures: dict[str, Any]
+
+
+def train(config: Config, *, console: Console | None = None) -> Result:
+    """Fine-tune as `config` says, and write everything about the run under `config.output`.
+
+    The same settings with the same directory resume from the last checkpoint, to the same bits as
+    a run that was never stopped. Ctrl-C or SIGTERM finish the step, save a checkpoint and return.
+
+    Args:
+        config: From `load_config`, or built in Python.
+        console: Where to print; standard output by default.
+
+    Returns:
+        The step reached, whether it was interrupted, and what was measured.
+
+    Raises:
+        InputError: Bad settings, model or data; a directory that holds another run; too little
+            memory or disk; or a loss that is no longer finite.
+    """
+    check_config(config)
+    total, run = config.train.steps, Path(config.output)
+    with Display(console or Console()) as show:
+        # What trains, what is frozen, and the data.
+        model, trainable, frozen = load(config, show)
+        data = load_data(config, model)
+        rows = config.train.batch_size * config.train.accumulate
+        show.print(
+            f"{len(data.train):,} examples to learn, {len(data.held_out)} held out; "
+            f"{total} steps of {rows} x {data.longest} tokens at most"
+        )
+
+        # The optimizer sees the trainable tree alone.
+        schedule = make_schedule(
+            config.optim.schedule,
+            learning_rate=config.optim.learning_rate,
+            steps=total,
+            warmup_steps=config.optim.warmup_steps,
+            final_fraction=config.optim.final_fraction,
+        )
+        optimizer = adamw(
+            schedule,
+            b1=config.optim.b1,
+            b2=config.optim.b2,
+            eps=config.optim.eps,
+            weight_decay=config.optim.weight_decay,
+            clip_norm=config.optim.clip_norm,
+            lora_plus_ratio=config.optim.lora_plus_ratio,
+        )
+        half = jnp.dtype(model.compute_dtype) == jnp.float16
+        state = init_state(trainable, optimizer, half=half)
+
+        # Resume, if this very run has been here before.
+        saved = run / "checkpoints"
+        identity = run_identity(config) | {
+            "weights": checkpoint.fingerprint((trainable, frozen)),
+            "examples": checkpoint.fingerprint([example.tokens for example in data.train]),
+        }
+        if found := checkpoint.restore(saved, state, identity=identity):
+            state = found[1]
+            if found[0] == total and (run / "run.json").exists():
+                show.print(
+                    f"'{run}' is complete: {total} steps, report in '{run}/report.html'. For "
+                    "another run choose another --output; to measure again delete run.json."
+                )
+                figures = json.loads((run / "run.json").read_text("utf-8"))
+                return Result(step=total, interrupted=0, figures=figures)
+            show.print(f"Resuming after step {found[0]} of {total}.")
+        check_room(run, state, keep=config.train.keep_checkpoints)
+        write_text(run / "config.toml", to_toml(config))
+        first = int(state.step)
+        metrics = Metrics(run / "metrics.jsonl", resume_step=first)
+
+        # Compile for the longest batch there can be, so that too little memory shows now.
+        step_fn = make_step(model, optimizer, config, width=data.width, half=half)
+        steps = CompiledSteps(step_fn, frozen, show)
+        if first < total:
+            steps.compile(state, data.batch(first, length=data.longest))
+
+        @jax.jit
+        def loss_of(trainable: PyTree, frozen: PyTree, batch: Batch) -> tuple[Array, Array]:
+            params = assemble(trainable, frozen)
+            return answer_loss(
+                model, params, batch, width=data.width, chunk=config.train.loss_chunk
+            )
+
+        held_out = held_out_batches(
+            data.held_out,
+            batch_size=config.train.batch_size,
+            length_multiple=config.data.length_multiple,
+        )
+
+        def due(step: int) -> bool:
+            return step % config.eval.every == 0 or step == total
+
+        def save(state: TrainState) -> None:
+            keep = config.train.keep_checkpoints
+            checkpoint.save(saved, int(state.step), state, identity=identity, keep=keep)
+
+        with stop_requests(show.print) as stop:
+
+            def measure(state: TrainState) -> None:
+                loss = functools.partial(loss_of, state.trainable, frozen)
+                with show.phase("Held-out loss", len(held_out), brief=True) as phase:
+                    mean = held_out_loss(loss, held_out, on_batch=phase.update, stop=stop)
+                if not stop():
+                    metrics.add(step=int(state.step), held_out_loss=mean)
+                    show.print(f"Held-out loss after {int(state.step)} steps: {mean:.4f}")
+
+            # Before: a resumed run has measured and answered already, unless it was cut short.
+            if due(first) and not any(
+                r["step"] == first and "held_out_loss" in r for r in metrics.records
+            ):
+                measure(state)
+            prompts = held_out_prompts(data, model, config.eval.answers)
+            answers = Answers(prompts, model, config, run)
+            if first == 0 or not answers.recall_before():
+                answers.answer_before(assemble(trainable, frozen), show, stop)
+            del trainable  # the first step donates it
+
+            # During.
+            began, tokens_seen = time.monotonic(), 0
+            with show.phase("Training", total, done=first) as phase:
+                for step in range(first + 1, total + 1):
+                    if stop():
+                        break
+                    started = time.monotonic()
+                    batch = data.batch(step - 1)
+                    state, values = steps(state, batch)
+                    check_finite(step, values, state, config)
+                    tokens = int(batch["attention_mask"].sum())
+                    record = metrics.add(
+                        step=step,
+                        loss=float(values["loss"]),
+                        grad_norm=float(values["grad_norm"]),
+                        learning_rate=float(np.asarray(schedule(step - 1))),
+                        tokens=tokens,
+                        seconds=round(time.monotonic() - started, 4),
+                    )
+                    tokens_seen += tokens
+                    rate = tokens_seen / (time.monotonic() - began)
+                    phase.update(step, f"loss {record['loss']:.3f}  {rate:,.0f} tokens/s")
+                    if step % config.train.checkpoint_every == 0 or step == total:
+                        save(state)
+                    if due(step) and not stop():
+                        measure(state)
+
+            # After.
+            if not stop():
+                answers.answer_after(assemble(state.trainable, frozen), show, stop)
+            if number := stop():
+                save(state)
+                show.print(
+                    f"Stopped after step {int(state.step)} of {total}; everything is saved in "
+                    f"'{saved}'. The same command resumes from there."
+                )
+                return Result(step=int(state.step), interrupted=number, figures={})
+        about = {"system_prompt": system_prompt(data)}
+        figures = finish(config, model, state.trainable, metrics.records, answers, about, show)
+        return Result(step=total, interrupted=0, figures=figures)
+
+
+def load(config: Config, show: Display) -> tuple[Model, PyTree, PyTree | None]:
+    """Return the model, what trains, and the frozen base (None when every weight trains).
+
+    Args:
+        config: Settings.
+        show: Prints the table of what is frozen and what trains.
+
+    Raises:
+        InputError: The model cannot be read or does not fit the settings; a target matches nothing.
+    """
+    dtype, lora = config.train.compute_dtype, config.lora
+    model = load_model(
+        config.model,
+        quantization=config.quant.format if config.method == "qlora" else None,
+        block_size=config.quant.block_size,
+        double_quant=config.quant.double_quant,
+        compute_dtype=None if dtype == "auto" else dtype,
+        remat=config.train.remat,
+    )
+    if config.data.max_length > model.config.max_length:
+        raise InputError(
+            f"data.max_length: expected at most {model.config.max_length}, the context of "
+            f"'{config.model}', found {config.data.max_length}. Lower it."
+        )
+    if config.method == "full":
+        show.print(summary(model.params))
+        params = jax.tree.map(lambda x: x.astype(jnp.float32), model.params)
+        return dataclasses.replace(model, params=None), params, None
+    tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
+    targets = find_targets(model.apply, model.params, tokens, match=lora.targets)
+    adapter = init_adapter(
+        jax.random.key(config.seed),
+        targets,
+        rank=lora.rank,
+        alpha=lora.alpha,
+        dropout=lora.dropout,
+        rslora=lora.rslora,
+        rank_pattern=lora.rank_pattern,
+        alpha_pattern=lora.alpha_pattern,
+    )
+    show.print(summary(model.params, adapter))
+    return model, adapter, model.params
+
+
+def check_room(run: Path, state: TrainState, *, keep: int) -> None:
+    """Raise `InputError` unless the disk has room for all that a run will write.
+
+    Args:
+        run: The run's directory; made when missing.
+        state: What checkpoints hold.
+        keep: Checkpoints kept; one more exists while it is written.
+    """
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"output: cannot make the directory '{run}': {error}.") from error
+    needed = (keep + 1) * nbytes(state) + nbytes(state.trainable) + 20_000_000
+    free = shutil.disk_usage(run).free
+    if free < needed:
+        raise InputError(
+            f"'{run}': expected {needed / 1e6:,.0f} MB of free disk space for checkpoints and "
+            f"results, found {free / 1e6:,.0f} MB. Make room or choose another --output."
+        )

@@ -1,0 +1,232 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One optimizer step: its state, how it is computed, and compiling it before it is needed."""
+
+import math
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from ..config import Config
+from ..errors import InputError
+from ..evaluate import Batch, answer_loss, assemble
+from ..models import Model
+from ..report import Display
+from ..typing import Array, PyTree
+
+
+class TrainState(NamedTuple):
+    """All that changes from step to step, and all that a checkpoint holds."""
+
+    trainable: PyTree
+    """The adapter, or every weight with method "full"; float32."""
+    optimizer: PyTree
+    """Moments and counts of optax."""
+    step: Array
+    """int32, optimizer steps done."""
+    loss_scale: Array
+    """float32; always 1 unless the compute type is float16."""
+    good_steps: Array
+    """int32, steps since the loss scale last changed."""
+
+
+Step = Callable[[TrainState, PyTree, Batch], tuple[TrainState, dict[str, Array]]]
+
+_SCALE_GROWS_AFTER = 200  # steps without an overflow, as in mixed-precision training at large
+
+
+def init_state(
+    trainable: PyTree, optimizer: optax.GradientTransformation, *, half: bool = False
+) -> TrainState:
+    """Return the state before the first step.
+
+    Args:
+        trainable: What trains, float32.
+        optimizer: Its state is made for `trainable` alone.
+        half: Whether the compute type is float16; the loss scale then starts at 2**15.
+    """
+    return TrainState(
+        trainable=trainable,
+        optimizer=optimizer.init(trainable),
+        step=jnp.int32(0),
+        loss_scale=jnp.float32(2.0**15 if half else 1.0),
+        good_steps=jnp.int32(0),
+    )
+
+
+def make_step(
+    model: Model,
+    optimizer: optax.GradientTransformation,
+    config: Config,
+    *,
+    width: int,
+    half: bool = False,
+) -> Step:
+    """Return the function of one optimizer step: `(state, frozen, batch) -> (state, values)`.
+
+    The loss is the mean over all answer tokens of the batch, however they are spread over its
+    accumulated parts. With `half` the loss is scaled so that float16 gradients do not vanish; a
+    step whose gradients overflowed changes nothing but the scale, which is halved.
+
+    Args:
+        model: The decoder.
+        optimizer: Acts on `state.trainable`.
+        config: Settings of the loop; seed and dropout.
+        width: Most answer tokens in a row, from `answer_width`.
+        half: Whether the compute type is float16.
+
+    Returns:
+        A pure function. `batch` has the arrays of `make_batch` with a leading axis of accumulated
+        parts; values are float32 "loss" and "grad_norm" (before clipping).
+    """
+    accumulate, chunk = config.train.accumulate, config.train.loss_chunk
+
+    def loss(trainable: PyTree, frozen: PyTree, part: Batch, scale: Array, key: Any) -> Array:
+        params = assemble(trainable, frozen, dropout_key=key)
+        return answer_loss(model, params, part, width=width, chunk=chunk)[0] * scale
+
+    def step(
+        state: TrainState, frozen: PyTree, batch: Batch
+    ) -> tuple[TrainState, dict[str, Array]]:
+        count = jnp.sum(batch["loss_mask"][..., 1:], dtype=jnp.float32)
+        scale = state.loss_scale / count
+        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+
+        def gradients(index: Array, part: Batch) -> tuple[Array, PyTree]:
+            part_key = jax.random.fold_in(key, index) if config.lora.dropout else None
+            return jax.value_and_grad(loss)(state.trainable, frozen, part, scale, part_key)
+
+        def add(total: PyTree, item: tuple[Array, Batch]) -> tuple[PyTree, None]:
+            return jax.tree.map(jnp.add, total, gradients(*item)), None
+
+        if accumulate == 1:
+            total, grads = gradients(jnp.int32(0), jax.tree.map(lambda x: x[0], batch))
+        else:
+            zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, state.trainable))
+            parts = (jnp.arange(accumulate, dtype=jnp.int32), batch)
+            (total, grads), _ = jax.lax.scan(add, zero, parts)
+        grads = jax.tree.map(lambda g: g / state.loss_scale, grads)
+        norm = optax.tree.norm(grads)
+        updates, moments = optimizer.update(grads, state.optimizer, state.trainable)
+        new = TrainState(
+            trainable=optax.apply_updates(state.trainable, updates),
+            optimizer=moments,
+            step=state.step + jnp.int32(1),
+            loss_scale=state.loss_scale,
+            good_steps=state.good_steps,
+        )
+        if half:
+            new = _skip_overflow(state, new, jnp.isfinite(norm))
+        return new, {"loss": total / state.loss_scale, "grad_norm": norm}
+
+    return step
+
+
+def _skip_overflow(old: TrainState, new: TrainState, fine: Array) -> TrainState:
+    """Keep the old state when gradients overflowed, and set the loss scale for the next step."""
+    kept = jax.tree.map(lambda x, y: jnp.where(fine, y, x), old, new)
+    grow = fine & (old.good_steps >= _SCALE_GROWS_AFTER)
+    factor = jnp.where(fine, jnp.where(grow, 2.0, 1.0), 0.5)
+    good_steps = jnp.where(fine & ~grow, old.good_steps + jnp.int32(1), jnp.int32(0))
+    return kept._replace(
+        step=new.step,
+        loss_scale=jnp.maximum(old.loss_scale * factor, 1.0),
+        good_steps=good_steps,
+    )
+
+
+class CompiledSteps:
+    """A step compiled once for each length of batch, with its memory known before it runs."""
+
+    def __init__(self, step: Step, frozen: PyTree, show: Display):
+        """Prepare to compile; nothing is compiled yet.
+
+        Args:
+            step: From `make_step`. The state given to it is donated.
+            frozen: The base.
+            show: Where to print.
+        """
+        self._step = jax.jit(step, donate_argnums=0)
+        self._frozen = frozen
+        self._show = show
+        self._compiled: dict[int, Any] = {}
+
+    def compile(self, state: TrainState, batch: Batch) -> None:
+        """Compile for the shape of `batch`.
+
+        Raises:
+            InputError: The device is known to have too little memory for it.
+        """
+        parts, rows, length = batch["tokens"].shape
+        shape = f"{parts} x {rows} x {length}" if parts > 1 else f"{rows} x {length}"
+        began = time.monotonic()
+        compiled = self._step.lower(state, self._frozen, batch).compile()
+        self._compiled[length] = compiled
+        memory = compiled.memory_analysis()
+        needed = 0
+        if memory is not None:
+            needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+            needed += max(memory.output_size_in_bytes - memory.alias_size_in_bytes, 0)
+        self._show.print(
+            f"Compiled the step for {shape} tokens in {time.monotonic() - began:.1f} s; "
+            f"it needs {needed / 1e6:,.0f} MB"
+        )
+        limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit", math.inf)
+        if needed > limit:
+            raise _out_of_memory(shape, f"{needed / 1e9:.2f} GB, the device has {limit / 1e9:.2f}")
+
+    def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+        """Run one step, compiling it first if its length is new.
+
+        Raises:
+            InputError: Memory ran out.
+        """
+        length = batch["tokens"].shape[-1]
+        if length not in self._compiled:
+            self.compile(state, batch)
+        try:
+            state, values = self._compiled[length](state, self._frozen, batch)
+            return state, jax.block_until_ready(values)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            shape = " x ".join(map(str, batch["tokens"].shape))
+            raise _out_of_memory(shape, str(error).splitlines()[0]) from error
+
+
+def _out_of_memory(shape: str, why: str) -> InputError:
+    return InputError(
+        f"Not enough memory for batches of {shape} tokens: {why}. Try a smaller train.batch_size "
+        'with a larger train.accumulate, train.remat = "full", a smaller data.max_length, or '
+        'method = "qlora".'
+    )
+
+
+def check_finite(step: int, values: dict[str, Any], state: TrainState, config: Config) -> None:
+    """Raise `InputError` when the loss or its gradient is no longer a number.
+
+    In float16 an overflow of the gradient is expected now and then: the step was skipped.
+
+    Args:
+        step: The step just made, counted from 1.
+        values: What it returned.
+        state: The state after it.
+        config: Settings, named in the advice.
+    """
+    loss, norm, scale = (
+        float(np.asarray(x)) for x in (values["loss"], values["grad_norm"], state.loss_scale)
+    )
+    if math.isfinite(loss) and (math.isfinite(norm) or scale > 1):
+        return
+    what = "loss" if not math.isfinite(loss) else "gradient norm"
+    bad = loss if what == "loss" else norm
+    raise InputError(
+        f"Step {step}: the {what} is {bad}, expected a finite number. Nothing of this step was "
+        "saved; earlier checkpoints are whole. Try a smaller optim.learning_rate (now "
+        f"{config.optim.learning_rate:g}), more optim.warmup_steps, optim.clip_norm = 1.0, or "
+        'train.compute_dtype = "float32".'
+    )
