@@ -62,21 +62,20 @@ def as_valid(
 
 
 def grouped_query_attention(
+    scale: float,
     q: Float[Array, "batch queries n_heads head_dim"],
     k: Float[Array, "batch n_kv_heads keys head_dim"],
     v: Float[Array, "batch n_kv_heads keys head_dim"],
     mask: Bool[Array, "batch queries keys"],
-    *,
-    scale: float,
 ) -> Float[Array, "batch queries n_heads head_dim"]:
     """Attend, each key/value head serving `n_heads / n_kv_heads` query heads.
 
     Args:
+        scale: Factor of the scores.
         q: Queries.
         k: Keys, heads before positions.
         v: Values, likewise.
         mask: Which keys each query sees.
-        scale: Factor of the scores.
 
     Returns:
         The attended values, in the dtype of `q`. Scores and softmax are float32.

@@ -21,7 +21,7 @@ from .attention import (
     grouped_query_attention,
 )
 from .config import DecoderConfig
-from .layers import LINEAR_OUTPUT, Embed, Linear, RMSNorm
+from .layers import LINEAR_OUTPUT, Embed, Linear, RMSNorm, economical, swiglu
 from .matmul import matmul
 from .rope import rope_angles, rotate
 
@@ -85,9 +85,10 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "batch seq d"], _Caches | None]:
         """Attend to `x` itself, or, with caches, to what they hold and `x`."""
         heads = (*x.shape[:2], -1, self.config.head_dim)
-        q = rotate(self.q_proj(x).reshape(heads), context.angles)
-        k = rotate(self.k_proj(x).reshape(heads), context.angles)
-        v = self.v_proj(x).reshape(heads)
+        rows = x.reshape(-1, x.shape[-1])  # once: what three linears keep for the backward is one
+        q = rotate(self.q_proj(rows).reshape(heads), context.angles)
+        k = rotate(self.k_proj(rows).reshape(heads), context.angles)
+        v = self.v_proj(rows).reshape(heads)
         k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
         if caches is not None:
             layer = caches.layer
@@ -99,8 +100,9 @@ class Attention(nnx.Module):
             k = lax.dynamic_index_in_dim(all_k, layer, keepdims=False)
             v = lax.dynamic_index_in_dim(all_v, layer, keepdims=False)
         scale = self.config.head_dim**-0.5
-        out = grouped_query_attention(q, k, v, context.mask, scale=scale)
-        return self.o_proj(out.reshape(*x.shape[:2], -1)), caches
+        attend = economical(grouped_query_attention)
+        out = attend(scale, q, k, v, context.mask).reshape(rows.shape[0], -1)
+        return self.o_proj(out).reshape(x.shape), caches
 
 
 class MLP(nnx.Module):
@@ -114,7 +116,8 @@ class MLP(nnx.Module):
 
     def __call__(self, x: Float[Array, "batch seq d"]) -> Float[Array, "batch seq d"]:
         """Apply the MLP at each position."""
-        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+        rows = x.reshape(-1, x.shape[-1])
+        return self.down_proj(swiglu(self.gate_proj(rows), self.up_proj(rows))).reshape(x.shape)
 
 
 class Layer(nnx.Module):

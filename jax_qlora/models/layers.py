@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Linear, RMSNorm and Embed as Flax NNX modules that keep parameters and compute dtypes apart."""
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -12,6 +16,22 @@ from .matmul import matmul
 
 LINEAR_OUTPUT = "linear_output"
 """Name of every linear's output, for the rematerialization policy that saves exactly those."""
+
+
+def economical(f: Callable[..., Array]) -> Callable[..., Array]:
+    """Keeps only the inputs of `f` for the backward, which computes the rest again.
+
+    For what costs little beside the matmuls: as a fused kernel would, whatever the remat setting.
+    Leading arguments that are Python numbers stay so.
+    """
+
+    def wrapped(*args: Any) -> Array:
+        static = tuple(a for a in args if isinstance(a, float | int))
+        arrays = args[len(static) :]
+        # inside a scan nothing can be shared between forward and backward anyway
+        return jax.checkpoint(functools.partial(f, *static), prevent_cse=False)(*arrays)
+
+    return functools.wraps(f)(wrapped)
 
 
 class Linear(nnx.Module):
@@ -64,11 +84,22 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: Float[Array, "*lead d"]) -> Float[Array, "*lead d"]:
         """Normalize `x`; the result has the dtype of `x`."""
-        wide = x.astype(jnp.float32)
-        mean_square = jnp.mean(wide * wide, axis=-1, keepdims=True)
-        normed = wide * jax.lax.rsqrt(mean_square + self.eps)
-        scale = jnp.expand_dims(self.scale[...].astype(jnp.float32), range(x.ndim - 1))
-        return (normed * scale).astype(x.dtype)
+        return _rms_norm(self.eps, x, self.scale[...])
+
+
+@economical
+def _rms_norm(eps: float, x: Array, scale: Array) -> Array:
+    wide = x.astype(jnp.float32)
+    mean_square = jnp.mean(wide * wide, axis=-1, keepdims=True)
+    normed = wide * jax.lax.rsqrt(mean_square + eps)
+    scale = jnp.expand_dims(scale.astype(jnp.float32), range(x.ndim - 1))
+    return (normed * scale).astype(x.dtype)
+
+
+@economical
+def swiglu(gate: Float[Array, "rows d_ff"], up: Float[Array, "rows d_ff"]) -> Array:
+    """`silu(gate) * up` (Shazeer, arXiv 2002.05202)."""
+    return jax.nn.silu(gate) * up
 
 
 class Embed(nnx.Module):
