@@ -234,7 +234,7 @@ def quantize_array(
 
     >>> q = quantize_array(jnp.ones((256, 128), jnp.bfloat16))
     >>> q
-    QuantizedArray((256, 128) bfloat16, nf4 block 64 + double quant, 4.129 bits/param)
+    QuantizedArray((256, 128) bfloat16, nf4 block 64 + double quant, 4.128 bits/param)
     """
     layout = make_layout(tuple(w.shape), in_axis, out_axis)
     if not jnp.issubdtype(w.dtype, jnp.floating):
