@@ -47,12 +47,12 @@ clean:
 
 $(VENV)/.installed: pyproject.toml | $(BIN)/python
 	@echo "Installing jax_qlora[$(EXTRAS)] into $(VENV); about 1 GB on disk, a few minutes the first time."
-	@$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[$(EXTRAS)]' $(PIP_ARGS)
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -e '.[$(EXTRAS)]' $(PIP_ARGS)
 	@touch $@
 
 $(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
 	@echo "Installing jax_qlora[$(EXTRAS),dev] into $(VENV); a few minutes the first time."
-	@$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[$(EXTRAS),dev]' $(PIP_ARGS)
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -e '.[$(EXTRAS),dev]' $(PIP_ARGS)
 	@touch $@ $(VENV)/.installed
 
 # The first Python that is new enough and can make environments; `.venv` is only ever made once.
