@@ -117,7 +117,9 @@ def _scan(eqn: JaxprEqn, values: list[Any], run: Run) -> list[Any]:
             for i, v in enumerate(boxed_xs.open(x))
         ]
         inner = [*consts, *state, *inner_xs]
-        outs = outputs.close(run(jaxpr, jaxpr_consts, inner), inner, values)
+        raw = run(jaxpr, jaxpr_consts, inner)
+        _check_carry(boxed_init.weights, raw)
+        outs = outputs.close(raw, inner, values)
         return outs[: parts.num_carry], outs[parts.num_carry :]
 
     carry = [None if isinstance(v, Special) else v for v in init]
@@ -132,6 +134,26 @@ def _scan(eqn: JaxprEqn, values: list[Any], run: Run) -> list[Any]:
     )
     outs = outputs.join([*last, *ys])
     return [_outside_scan(out, i < parts.num_carry, xs) for i, out in enumerate(outs)]
+
+
+def _check_carry(before: Sequence[Any], after: Sequence[Any]) -> None:
+    """A loop may carry a weight along, not change it: the loop's state is arrays alone.
+
+    Raises:
+        InputError: the body hands on another weight, or an array, in the place of a weight.
+    """
+    for weight, out in zip(before, after, strict=False):
+        same = isinstance(out, Weight) and isinstance(weight, Weight)
+        if same and out.leaf is weight.leaf and out.view == weight.view:
+            continue
+        if weight is None and not isinstance(out, Special) or weight is out:
+            continue
+        path = (weight or out).path
+        raise InputError(
+            f"'{path}' is changed by a loop that carries it: expected a quantized or adapted "
+            "weight to be carried unchanged. Update a dense copy, or leave this path out of the "
+            "targets."
+        )
 
 
 def _scanned(weight: Weight) -> View:
@@ -177,6 +199,7 @@ def _while(eqn: JaxprEqn, values: list[Any], run: Run) -> list[Any]:
     def body(carry: list[Any]) -> list[Any]:
         inner = [*body_consts, *state(carry)]
         outs = run(*open_jaxpr(eqn.params["body_jaxpr"]), inner)
+        _check_carry(boxed.weights, outs)
         return outputs.close(outs, inner, inner)
 
     outs = lax.while_loop(cond, body, [None if isinstance(v, Special) else v for v in init])
@@ -185,7 +208,7 @@ def _while(eqn: JaxprEqn, values: list[Any], run: Run) -> list[Any]:
 
 def _cond(eqn: JaxprEqn, values: list[Any], run: Run) -> list[Any]:
     index, *operands = values
-    boxed = _Boxed(operands)
+    boxed, joined = _Boxed(operands), _Outputs()
     found: list[list[Any]] = []
 
     def branch(jaxpr: Any) -> Callable[[list[Any]], list[Any]]:
@@ -193,22 +216,36 @@ def _cond(eqn: JaxprEqn, values: list[Any], run: Run) -> list[Any]:
             inner, outputs = boxed.open(tree), _Outputs()
             outs = outputs.close(run(*open_jaxpr(jaxpr), inner), inner, operands)
             found.append(outputs.outer)
+            joined.outer = [_agree(*pair) for pair in zip(found[0], outputs.outer, strict=True)]
+            found[0] = joined.outer
             return outs
 
         return body
 
-    # branches must agree on which outputs are weights: look first, on shapes alone
-    for b in eqn.params["branches"]:
-        jax.eval_shape(branch(b), boxed.tree)
-    special = [any(o is not None for o in outer) for outer in zip(*found, strict=True)]
-    if any(special):
-        paths = [o.path for outer in found for o in outer if o is not None]
+    outs = lax.switch(index, [branch(b) for b in eqn.params["branches"]], boxed.tree)
+    return joined.join(outs)
+
+
+def _agree(one: Any, other: Any) -> Any:
+    """An output of two branches: the same weight in both, or an array in both.
+
+    Raises:
+        InputError: it is a weight in one branch and an array in the other.
+    """
+    if one is None and other is None:
+        return None
+    if not (isinstance(one, Special) and isinstance(other, Special)):
+        path = next(x.path for x in (one, other) if isinstance(x, Weight | Unavailable))
         raise InputError(
-            f"'{paths[0]}' comes out of a conditional: expected branches that use weights, found "
-            f"one "
-            "that returns a weight. Choose between results, or leave this path out of the targets."
+            f"'{path}' comes out of one branch of a conditional, and an array out of another: "
+            "expected branches that use weights. Choose between results, or leave this path out "
+            "of the targets."
         )
-    return lax.switch(index, [branch(b) for b in eqn.params["branches"]], boxed.tree)
+    if isinstance(one, Weight) and isinstance(other, Weight):
+        if one.leaf is other.leaf and one.view == other.view:
+            return one
+    assert isinstance(one, Weight | Unavailable)
+    return Unavailable(one.path, "is chosen or changed by a conditional")
 
 
 CONTROL_FLOW = {

@@ -17,6 +17,8 @@ from .rules import Allow, make_dense, make_handle
 from .views import identity_view
 from .weight import Weight
 
+_ARRAY = object()
+
 
 def lift(
     f: Callable[..., Any], *, materialize: str | Sequence[str] = "error"
@@ -29,15 +31,15 @@ def lift(
     know nothing. On trees of ordinary arrays the result is `f`'s own.
 
     Works under and over `jit`, `grad`, `vmap`, `scan` and `checkpoint`. Call it inside `jit`: each
-    call outside traces `f` anew.
+    call outside traces `f` anew. Where a weight enters a function that has a derivative rule of its
+    own (`custom_jvp`, `custom_vjp`), the function's body is differentiated instead.
 
     Args:
         f: Any function that jax can trace, e.g. `lambda params, x: model.apply(params, x)`. Its
             positional and keyword arguments are pytrees; leaves that are no arrays stay Python
             values.
         materialize: What to do where a weight reaches a primitive that has no rule: "error",
-        "allow",
-            or a list of paths (names or regular expressions) that may be made dense there.
+            "allow", or a list of paths (names or regular expressions) that may be dense there.
 
     Returns:
         A function of the same signature.
@@ -62,15 +64,17 @@ def lift(
         dynamic = [i for i, leaf in enumerate(leaves) if _is_array(leaf)]
 
         out_tree: Any = None
+        template: list[Any] = []  # what f returns: an empty place for arrays, other values as is
 
         def flat(*arrays: Any) -> list[Any]:
-            nonlocal out_tree
+            nonlocal out_tree, template
             filled = list(leaves)
             for i, x in zip(dynamic, arrays, strict=True):
                 filled[i] = x
             call_args, call_kwargs = jax.tree.unflatten(treedef, filled)
-            out, out_tree = jax.tree.flatten(f(*call_args, **call_kwargs))
-            return out
+            results, out_tree = jax.tree.flatten(f(*call_args, **call_kwargs))
+            template = [_ARRAY if _is_array(x) else x for x in results]
+            return [x for x in results if _is_array(x)]
 
         closed = jax.make_jaxpr(flat)(*[_dense_shape(leaves[i]) for i in dynamic])
         values = [
@@ -81,8 +85,9 @@ def lift(
             else leaves[i]
             for i in dynamic
         ]
-        outs = evaluate(closed.jaxpr, closed.consts, values, handle=make_handle(allow))
-        return jax.tree.unflatten(out_tree, [_leave(out, allow) for out in outs])
+        outs = iter(evaluate(closed.jaxpr, closed.consts, values, handle=make_handle(allow)))
+        filled = [_leave(next(outs), allow) if x is _ARRAY else x for x in template]
+        return jax.tree.unflatten(out_tree, filled)
 
     return lifted
 
@@ -93,8 +98,7 @@ def _allow(materialize: str | Sequence[str]) -> Allow:
     if isinstance(materialize, str):
         raise InputError(
             f"materialize={materialize!r}: expected 'error', 'allow', or a list of paths that may "
-            f"be "
-            f"made dense. For one path pass [{materialize!r}]."
+            f"be made dense. For one path pass [{materialize!r}]."
         )
     names = tuple(materialize)
     return lambda path: any(matches_name(path, n) or matches_regex(path, n) for n in names)

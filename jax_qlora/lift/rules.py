@@ -6,11 +6,13 @@ view; control flow recurses. Anything else needs the dense weight, and that is a
 caller allowed it: a silent dense weight is a memory bug.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -21,7 +23,7 @@ from ..quant import QuantizedArray, quantized_matmul
 from ..typing import Array
 from .control_flow import CONTROL_FLOW
 from .interpreter import Special, evaluate
-from .views import lead_slice, match_lookup, match_matmul, step_view
+from .views import gathered_view, lead_slice, match_lookup, match_matmul, step_view
 from .weight import Unavailable, Weight
 
 Allow = Callable[[str], bool]
@@ -35,19 +37,18 @@ def make_handle(allow: Allow) -> Any:
     """
 
     def handle(eqn: JaxprEqn, values: list[Any]) -> list[Any]:
-        for value in values:
-            if isinstance(value, Unavailable):
-                raise InputError(
-                    f"'{value.path}' {value.why}: expected loops and branches to return a "
-                    f"quantized or "
-                    f"adapted weight unchanged, found '{eqn.primitive.name}' using the changed "
-                    f"one. "
-                    "Use the weight inside the loop, or leave this path out of the targets."
-                )
         if eqn.primitive in CONTROL_FLOW:
             return CONTROL_FLOW[eqn.primitive](
                 eqn, values, functools.partial(evaluate, handle=handle)
             )
+        for value in values:
+            if isinstance(value, Unavailable):
+                raise InputError(
+                    f"'{value.path}' {value.why}: expected loops and branches to return a "
+                    f"quantized or adapted weight unchanged, found '{eqn.primitive.name}' using "
+                    "the changed one. Use the weight inside the loop, or leave this path out of "
+                    "the targets."
+                )
         rule = _RULES.get(eqn.primitive)
         outs = rule(eqn, values) if rule else _rearrange(eqn, values)
         if outs is None:
@@ -79,14 +80,15 @@ def _rearrange(eqn: JaxprEqn, values: list[Any]) -> list[Any] | None:
     weight, *rest = values
     if not isinstance(weight, Weight):
         return None
-    if (axis := lead_slice(eqn, weight.view)) is not None:
-        lead = len(weight.view.leaf_shape) - len(weight.leaf.layout.shape)
-        if axis + len(weight.view.leaf_shape) >= lead:
-            return None
-        dim = next(d for d, axes in enumerate(weight.view.dims) if axes == (axis,))
-        starts = rest or eqn.params["start_indices"]
-        return [weight.take(axis, starts[dim])]
-    view = step_view(eqn, weight.view)
+    view = weight.view
+    if (axis := lead_slice(eqn, view)) is not None:
+        dim = next(d for d, axes in enumerate(view.dims) if axes == (axis,))
+        start = (rest or eqn.params["start_indices"])[dim]
+        if _is_lead(weight, dim):
+            return [weight.take(axis, start)]
+        rows = _lookup(weight, dim, jnp.asarray(start))
+        return None if rows is None else [rows.reshape(aval_of(eqn.outvars[0]).shape)]
+    view = step_view(eqn, view)
     return None if view is None else [Weight(weight.leaf, view, weight.path)]
 
 
@@ -135,32 +137,69 @@ def _dot_general(eqn: JaxprEqn, values: list[Any]) -> list[Any] | None:
     return [y]
 
 
+def _is_lead(weight: Weight, dim: int) -> bool:
+    """Whether a dimension of the value is one of the weight's layer or expert axes."""
+    axes, ndim = weight.view.dims[dim], len(weight.view.leaf_shape)
+    return len(axes) == 1 and axes[0] + ndim < ndim - len(weight.leaf.layout.shape)
+
+
 def _gather(eqn: JaxprEqn, values: list[Any]) -> list[Any] | None:
     weight, indices = values
     if not isinstance(weight, Weight) or isinstance(indices, Special):
         return None
-    plan, view, layout = match_lookup(eqn, weight.view), weight.view, weight.leaf.layout
+    view = weight.view
+    plan = match_lookup(eqn, view)
     if plan is None:
         return None
-    rest = [d for d in range(len(view.dims)) if d != plan.dim]
-    if view.wide([plan.dim]) != _wide(view, layout.out_axes) or view.wide(rest) != _wide(
-        view, layout.in_axes
-    ):
+    index = indices[..., plan.column].astype(jnp.int32)
+    if _is_lead(weight, plan.dim):  # each index takes the kernel of a layer or an expert, packed
+        leaf = weight.gather(view.dims[plan.dim][0], index)
+        return [Weight(leaf, gathered_view(view, plan, index.shape), weight.path)]
+    y = _lookup(weight, plan.dim, index)
+    if y is None:
         return None
-    rows = indices[..., 0]
-    safe = jnp.clip(rows, 0, layout.rows - 1)
-    y = lookup(weight.leaf, safe, view.dtype)
     if eqn.params["mode"] == lax.GatherScatterMode.FILL_OR_DROP:
         fill = eqn.params["fill_value"]
         fill = jnp.asarray(jnp.nan if fill is None else fill, view.dtype)
-        y = jnp.where((rows == safe)[..., None], y, fill)
-    y = y.reshape(*rows.shape, *(view.shape[d] for d in rest))
-    y = jnp.moveaxis(y, range(rows.ndim, y.ndim), plan.offset_dims)
-    return [y]
+        inside = (index >= 0) & (index < view.shape[plan.dim])
+        y = jnp.where(inside[..., None], y, fill)
+    sizes = [1 if d == plan.dim else n for d, n in enumerate(view.shape)]
+    if not plan.kept:
+        del sizes[plan.dim]
+    y = y.reshape(*index.shape, *sizes)
+    return [jnp.moveaxis(y, range(index.ndim, y.ndim), plan.offset_dims)]
 
 
-def _wide(view: Any, axes: Any) -> tuple[int, ...]:
-    return tuple(a for a in axes if view.leaf_shape[a] != 1)
+def _lookup(weight: Weight, dim: int, index: Array) -> Array | None:
+    """Rows of the weight, `[*index.shape, cols]`; None if `dim` is not exactly its rows."""
+    view, layout = weight.view, weight.leaf.layout
+    rest = [d for d in range(len(view.dims)) if d != dim]
+    rows, cols = (
+        tuple(a for a in axes if view.leaf_shape[a] != 1)
+        for axes in (layout.out_axes, layout.in_axes)
+    )
+    if view.wide([dim]) != rows or view.wide(rest) != cols:
+        return None
+    return lookup(weight.leaf, jnp.clip(index, 0, layout.rows - 1), view.dtype)
 
 
-_RULES = {lax.dot_general_p: _dot_general, lax.gather_p: _gather}
+def _stop_gradient(eqn: JaxprEqn, values: list[Any]) -> list[Any]:
+    (weight,) = values
+    leaf = weight.leaf
+    if isinstance(leaf, LoraArray):  # a quantized kernel has no gradient to stop
+        leaf = dataclasses.replace(leaf, pair=jax.tree.map(lax.stop_gradient, leaf.pair))
+    return [Weight(leaf, weight.view, weight.path)]
+
+
+def _barrier(eqn: JaxprEqn, values: list[Any]) -> list[Any]:
+    """Orders the arrays among the operands; weights pass."""
+    arrays = iter(lax.optimization_barrier([v for v in values if not isinstance(v, Special)]))
+    return [v if isinstance(v, Special) else next(arrays) for v in values]
+
+
+_RULES = {
+    lax.dot_general_p: _dot_general,
+    lax.gather_p: _gather,
+    lax.stop_gradient_p: _stop_gradient,
+    lax.optimization_barrier_p: _barrier,
+}

@@ -100,6 +100,11 @@ def _reshape(eqn: JaxprEqn, view: View) -> View | None:
     return dataclasses.replace(view, dims=tuple(dims))
 
 
+def _slice(eqn: JaxprEqn, view: View) -> View | None:
+    """Only a slice that takes everything."""
+    return view if tuple(aval_of(eqn.outvars[0]).shape) == view.shape else None
+
+
 def _broadcast(eqn: JaxprEqn, view: View) -> View | None:
     """Only new dimensions of size one."""
     shape, mapping = eqn.params["shape"], eqn.params["broadcast_dimensions"]
@@ -116,7 +121,10 @@ _STEPS = {
     lax.reshape_p: _reshape,
     lax.squeeze_p: _squeeze,
     lax.broadcast_in_dim_p: _broadcast,
+    lax.slice_p: _slice,
+    lax.dynamic_slice_p: _slice,
     lax.copy_p: _same,
+    lax.sharding_constraint_p: _same,  # how a frozen weight is placed is up to who places it
 }
 
 
@@ -218,24 +226,49 @@ def match_matmul(
 
 
 class LookupPlan(NamedTuple):
-    """A `gather` of whole rows, `jnp.take(weight, indices, axis)`.
+    """A `gather` of whole slices along one dimension, `jnp.take(weight, indices, axis)`.
 
     Attributes:
         dim: The dimension of the value that is indexed.
-        offset_dims: Where the row's dimensions stand in the result.
+        column: Where its index stands among the index vector's components.
+        offset_dims: Where the slice's dimensions stand in the result.
+        kept: Whether the indexed dimension stays, with size one.
     """
 
     dim: int
+    column: int
     offset_dims: tuple[int, ...]
+    kept: bool
 
 
 def match_lookup(eqn: JaxprEqn, view: View) -> LookupPlan | None:
-    """Reads a `gather` as a look-up of rows along one dimension; None if it is none."""
-    numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
-    dims = numbers.collapsed_slice_dims
-    if len(dims) != 1 or tuple(numbers.start_index_map) != tuple(dims):
+    """Reads a `gather` as a look-up along one dimension; None if it is none."""
+    numbers, sizes, shape = eqn.params["dimension_numbers"], eqn.params["slice_sizes"], view.shape
+    collapsed, indexed = tuple(numbers.collapsed_slice_dims), tuple(numbers.start_index_map)
+    cut = [d for d in indexed if sizes[d] == 1 and (d in collapsed or shape[d] != 1)]
+    if numbers.operand_batching_dims or len(cut) != 1 or not set(collapsed) <= set(cut):
         return None
-    if numbers.operand_batching_dims or aval_of(eqn.invars[1]).shape[-1] != 1:
+    dim = cut[0]
+    if any(n != shape[d] for d, n in enumerate(sizes) if d != dim):
         return None
-    full = all(n == view.shape[d] for d, n in enumerate(sizes) if d != dims[0])
-    return LookupPlan(dims[0], tuple(numbers.offset_dims)) if full and sizes[dims[0]] == 1 else None
+    # where a whole dimension is taken an index can only be 0, or be clipped to it
+    if len(indexed) > 1 and eqn.params["mode"] == lax.GatherScatterMode.FILL_OR_DROP:
+        return None
+    return LookupPlan(dim, indexed.index(dim), tuple(numbers.offset_dims), dim not in collapsed)
+
+
+def gathered_view(view: View, plan: LookupPlan, batch: Sequence[int]) -> View:
+    """The view after a look-up along one axis of the weight, which becomes the axes `batch`."""
+    (axis,) = view.dims[plan.dim]
+    ndim, grown = len(view.leaf_shape), len(batch) - 1
+    shape = (*view.leaf_shape[: axis + ndim], *batch, *view.leaf_shape[axis + ndim + 1 :])
+    rest = [
+        () if d == plan.dim else tuple(a - grown * (a < axis) for a in dim)
+        for d, dim in enumerate(view.dims)
+        if d != plan.dim or plan.kept
+    ]
+    new = [(axis - grown + i,) for i in range(len(batch))]
+    dims = [
+        rest.pop(0) if d in plan.offset_dims else new.pop(0) for d in range(len(rest) + len(new))
+    ]
+    return View(shape, tuple(dims), view.dtype)

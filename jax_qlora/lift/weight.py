@@ -38,6 +38,12 @@ class Weight(Special):
         )
         return Weight(leaf, drop_axis(self.view, axis), self.path)
 
+    def gather(self, axis: int, indices: Array) -> Any:
+        """The leaf with the axes of `indices` for a lead axis; an index out of range is clipped."""
+        position = axis + len(self.view.leaf_shape)
+        cut = (slice(None),) * position
+        return jax.tree.map(lambda x: x.at[(*cut, indices)].get(mode="clip"), self.leaf)
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Unavailable(Special):
