@@ -5,7 +5,8 @@ A decoder's stacked update `[layers, rank, cols]` is PEFT's
 `base_model.model.model.layers.N.self_attn.q_proj.lora_A.weight` `[rank, cols]`, one tensor a layer.
 PEFT gives each layer its own rank and scale; a stack has one. Lower ranks are padded with zeros,
 which stay zero in training (each factor's gradient is a multiple of the other) and are cut off
-again on saving; a differing scale is folded into `b`. Neither changes the update.
+again on saving. A differing scale is folded into `b`: the update is the same, but to an optimizer
+that normalizes gradients the learning rate of that layer's `b` changes by the ratio of the scales.
 
 Adapters of any other tree use the same format with the tree's path as the module's name.
 """
