@@ -12,7 +12,7 @@ from ..errors import InputError
 from ..quant import QuantizedArray, dequantize
 from ..quant.array import lookup_rows
 from ..quant.layout import KernelLayout
-from ..quant.matmul import dot
+from ..quant.matmul import accumulator, dot
 from ..tree import pytree
 from ..typing import Array, Float
 
@@ -193,16 +193,36 @@ def _update_bwd(transpose: bool, scale: float, dtype: Any, residuals: Any, g: Ar
     gh = dot(g, b.astype(x.dtype), 1, n_axis, x.dtype) * jnp.asarray(scale, x.dtype)
     dx = dot(gh, a.astype(x.dtype), 1, 1 - k_axis, x.dtype)
     if transpose:
-        return dx, _tall(gh, x, a.dtype), dot(h, g, 0, 0, b.dtype)
-    return dx, dot(gh, x, 0, 0, a.dtype), _tall(h, g, b.dtype)
+        return dx, _tall(gh, x).astype(a.dtype), dot(h, g, 0, 0, b.dtype)
+    return dx, dot(gh, x, 0, 0, a.dtype), _tall(h, g).astype(b.dtype)
 
 
-def _tall(thin: Array, wide: Array, dtype: Any) -> Array:
-    """`wide.T @ thin` by way of `thin.T @ wide`, on a CPU 4 to 7 times faster.
+@jax.custom_jvp
+def _tall(thin: Array, wide: Array) -> Array:
+    """`wide.T @ thin` by way of `thin.T @ wide`, on a CPU 4 to 7 times faster."""
+    return _behind_barrier(thin, wide)
 
-    The barrier keeps XLA from simplifying the transpose of the product back into the slow form.
-    """
-    return jax.lax.optimization_barrier(dot(thin, wide, 0, 0, dtype)).T
+
+@_tall.defjvp
+def _tall_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> Any:
+    (thin, wide), (d_thin, d_wide) = primals, tangents
+    return _tall(thin, wide), _plain(d_thin, wide) + _plain(thin, d_wide)
+
+
+def _plain(thin: Array, wide: Array) -> Array:
+    return dot(wide, thin, 0, 0, accumulator(thin.dtype))
+
+
+@jax.custom_batching.custom_vmap
+def _behind_barrier(thin: Array, wide: Array) -> Array:
+    # the barrier keeps XLA from simplifying the transpose of the product back into the slow form
+    return jax.lax.optimization_barrier(dot(thin, wide, 0, 0, accumulator(thin.dtype))).T
+
+
+@_behind_barrier.def_vmap
+def _batched(axis_size: int, batched: list[bool], thin: Array, wide: Array) -> tuple[Array, bool]:
+    # jax 0.10: XLA aborts on a batched product whose transpose stands behind a barrier
+    return jax.vmap(_plain, [0 if b else None for b in batched])(thin, wide), True
 
 
 _update.defvjp(_update_fwd, _update_bwd)
