@@ -25,8 +25,6 @@ from ..models.config import validate_config
 from ..models.rope import rope_frequencies, scale_frequencies
 from .gguf_metadata import GGUFEntry, read_gguf_header
 
-_CHUNK_BYTES = 4 << 20  # decoded float32 at a time: bounds the decoder's temporaries
-
 _PLAIN = {
     GGMLQuantizationType.F32: np.dtype(np.float32),
     GGMLQuantizationType.F16: np.dtype(np.float16),
@@ -99,34 +97,47 @@ class GGUFTensor:
         block, size = GGML_QUANT_SIZES[GGMLQuantizationType(self.entry.kind)]
         return math.prod(self.shape) // block * size
 
-    def read(self) -> np.ndarray:
-        """Read and decode the tensor, a few rows at a time.
+    def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Read and decode the tensor, or some rows of it.
+
+        Args:
+            start: First index of the first axis to read.
+            stop: First index not to read; the end by default.
 
         Raises:
             InputError: The file cannot be read.
         """
+        if len(self.shape) == 1:  # one row: it is decoded whole
+            (row,) = self._rows(0, 1)
+            return self._reorder(row)[start:stop]
+        start, stop, _ = slice(start, stop).indices(self.shape[0])
+        if not self.heads:
+            return self._rows(start, stop)
+        # whole heads, as the rows of a head are among themselves in another order
+        size = self.shape[0] // self.heads
+        first, last = start // size * size, -(-stop // size) * size
+        return self._reorder(self._rows(first, last))[start - first : stop - first]
+
+    def _rows(self, start: int, stop: int) -> np.ndarray:
         kind = GGMLQuantizationType(self.entry.kind)
-        rows, cols = math.prod(self.shape[:-1]), self.shape[-1]
-        row_bytes = self.stored_bytes // rows
-        out = np.empty((rows, cols), self.dtype)
-        step = max(1, _CHUNK_BYTES // (4 * cols))
+        row_bytes = self.stored_bytes // math.prod(self.shape[:-1])
         try:
             with self.file.open("rb", buffering=0) as stream:
-                stream.seek(self.entry.offset)
-                for start in range(0, rows, step):
-                    chunk = out[start : start + step]
-                    data = stream.read(len(chunk) * row_bytes)
-                    raw = np.frombuffer(data, np.uint8).reshape(len(chunk), row_bytes)
-                    chunk[:] = raw.view(self.dtype) if kind in _PLAIN else dequantize(raw, kind)
+                stream.seek(self.entry.offset + start * row_bytes)
+                data = stream.read((stop - start) * row_bytes)
+            raw = np.frombuffer(data, np.uint8).reshape(stop - start, row_bytes)
         except (OSError, ValueError) as error:
             raise InputError(
-                f"'{self.file}': tensor '{self.name}' cannot be read: {error}."
+                f"'{self.file}': tensor '{self.name}' cannot be read: {error}. Download it again."
             ) from error
-        if self.heads:
-            # the file has each head's pairs as (pair, side); the model wants (side, pair)
-            out = out.reshape(self.heads, -1, 2, cols if len(self.shape) == 2 else 1)
-            out = out.swapaxes(1, 2)
-        return np.ascontiguousarray(out).reshape(self.shape)
+        return raw.view(self.dtype) if kind in _PLAIN else dequantize(raw, kind)
+
+    def _reorder(self, rows: np.ndarray) -> np.ndarray:
+        """Put each head's rotary pairs, (pair, side) in the file, in the order (side, pair)."""
+        if not self.heads:
+            return rows
+        half = self.shape[0] // self.heads // 2
+        return rows.reshape(-1, half, 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
 
 
 def read_gguf(file: str | Path) -> tuple[DecoderConfig, dict[str, GGUFTensor]]:

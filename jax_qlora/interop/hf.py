@@ -136,7 +136,8 @@ def _plan(params: PyTree, config: DecoderConfig, dtype: Any) -> Iterator[tuple[s
 
 def _tensor(leaf: Any, layer: int | None, transpose: bool, dtype: Any, name: str) -> np.ndarray:
     part = leaf if layer is None else jax.tree.map(lambda x: x[layer], leaf)
-    dense = np.asarray(_dense(part, dtype) if is_special(part) else part).astype(dtype)
+    with np.errstate(over="ignore"):  # reported below, by name
+        dense = np.asarray(_dense(part, dtype) if is_special(part) else part).astype(dtype)
     if not np.all(np.isfinite(dense)):
         raise InputError(
             f"'{name}' has values that are not finite in {dtype}: nothing was written. Save in "

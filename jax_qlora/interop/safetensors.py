@@ -63,16 +63,24 @@ class StoredTensor:
         """Bytes of its data."""
         return math.prod(self.shape) * self.dtype.itemsize
 
-    def read(self) -> np.ndarray:
-        """Read the data into a new array, aligned so that XLA can use it without a copy.
+    def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Read the data, or some rows of it, into a new array.
+
+        Args:
+            start: First index of the first axis to read.
+            stop: First index not to read; the end by default.
 
         Raises:
             InputError: The file has become unreadable or shorter since its header was read.
         """
-        data = aligned_bytes(self.nbytes)
+        rows = self.shape[:1]
+        if rows:
+            rows = (len(range(*slice(start, stop).indices(rows[0]))),)
+        row_bytes = math.prod(self.shape[1:]) * self.dtype.itemsize
+        data = aligned_bytes(math.prod(rows) * row_bytes)
         try:
             with self.file.open("rb", buffering=0) as file:
-                file.seek(self.offset)
+                file.seek(self.offset + start * row_bytes)
                 done = 0
                 while done < len(data) and (n := file.readinto(data.data[done:])):
                     done += n
@@ -83,7 +91,7 @@ class StoredTensor:
                 f"'{self.file}' is truncated: tensor '{self.name}' needs {len(data)} bytes, found "
                 f"{done}. Download or copy the file again."
             )
-        return data.view(self.dtype).reshape(self.shape)
+        return data.view(self.dtype).reshape(rows + self.shape[1:])
 
 
 def aligned_bytes(count: int) -> np.ndarray:

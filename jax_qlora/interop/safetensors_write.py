@@ -60,7 +60,7 @@ def write_file(
         with partial.open("wb") as stream:
             stream.write(_header(tensors, metadata))
             for tensor in tensors.values():
-                data = np.ascontiguousarray(tensor.make())
+                data = np.asarray(tensor.make(), order="C")
                 if (data.dtype, data.shape) != (tensor.dtype, tensor.shape):
                     raise AssertionError((data.dtype, data.shape, tensor))
                 stream.write(data.reshape(-1).view(np.uint8).data)

@@ -1,0 +1,278 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Parameters from a checkpoint, a few rows of a tensor at a time, in 4 bits on the way.
+
+Rows are read, encoded, and written into stacks that are allocated once, so neither the dense model
+nor a whole dense tensor ever exists: what is held beyond the parameters is one chunk.
+"""
+
+from collections.abc import Iterator, Mapping
+from functools import partial
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from ..errors import InputError
+from ..models import DecoderConfig, abstract_params
+from ..quant import QuantizedArray, quantize_rows
+from ..quant.array import dequantize_rows
+from ..quant.blockwise import quantize_absmax
+from ..tree import flatten_paths, map_with_path
+from ..typing import Array, PyTree
+from .bnb import bnb_parts, read_bnb
+from .hf import tensor_names, tensor_shape
+from .safetensors import aligned_bytes
+
+_CHUNK = 1 << 19  # elements read and encoded at a time: their temporaries stay small
+
+
+@runtime_checkable
+class Tensor(Protocol):
+    """A tensor on disk, in whatever format."""
+
+    @property
+    def name(self) -> str:
+        """Its name there."""
+        ...
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape, `[out, in]` for a linear."""
+        ...
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Its dtype once read."""
+        ...
+
+    def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Read it, or some rows of it."""
+        ...
+
+
+class Encoding(NamedTuple):
+    """How the linears of the layers are quantized; as in `quantize_rows`."""
+
+    format: str
+    block_size: int
+    double_quant: bool
+
+
+def load_params(
+    tensors: Mapping[str, Any],
+    config: DecoderConfig,
+    *,
+    where: str,
+    encoding: Encoding | None,
+    dtype: DTypeLike | None = None,
+) -> PyTree:
+    """Read the parameters of a decoder.
+
+    Args:
+        tensors: What the checkpoint holds, by Hugging Face's names.
+        config: The model's shape.
+        where: What to call the checkpoint in messages.
+        encoding: How to quantize the linears of the layers; None leaves them dense.
+        dtype: Storage of what is not quantized, norms aside; by default each tensor's own.
+
+    Returns:
+        A nested dict of arrays and QuantizedArrays.
+
+    Raises:
+        InputError: Tensors are missing, unknown, of the wrong shape or dtype, or not finite.
+    """
+    _check_names(tensors, config, where)
+    _check_shapes(tensors, config, where)
+    source = _Source(tensors, config, where, encoding, dtype)
+    return map_with_path(lambda path, _: source.load(path), abstract_params(config))
+
+
+class _Source(NamedTuple):
+    """What a parameter is read from, and how it is to be stored."""
+
+    tensors: Mapping[str, Any]
+    config: DecoderConfig
+    where: str
+    encoding: Encoding | None
+    dtype: DTypeLike | None
+
+    def load(self, path: str) -> Any:
+        """One parameter, all its layers stacked."""
+        names = tensor_names(path, self.config)
+        pre = [self.is_bnb(name) for name in names]
+        if any(pre) and not all(pre) and self.encoding is not None:
+            raise InputError(
+                f"{self.where}: '{names[pre.index(True)]}' is in 4 bits and "
+                f"'{names[pre.index(False)]}' is not: expected all layers to be stored alike. "
+                "Load with quantization=None, which makes all of them dense."
+            )
+        if self.encoding is not None and all(pre):
+            return _stack([self.read_bnb(path, name) for name in names], self.where)
+        linear = path.startswith("layers/") and path.endswith("/kernel")
+        if self.encoding is not None and linear:
+            return self.encode(path, names, self.encoding)
+        return self.dense(path, names)
+
+    def stored_dtype(self, path: str, name: str) -> np.dtype:
+        own = self.tensors["model.embed_tokens.weight" if self.is_bnb(name) else name].dtype
+        norm = path.endswith("/scale")
+        return np.dtype(jnp.dtype(own if norm or self.dtype is None else self.dtype))
+
+    def is_bnb(self, name: str) -> bool:
+        return bnb_parts(self.tensors, name) is not None
+
+    def read_bnb(self, path: str, name: str) -> QuantizedArray:
+        shape = tensor_shape(path, self.config)
+        return read_bnb(self.tensors, name, shape, dtype=self.stored_dtype(path, name))
+
+    def dense(self, path: str, names: tuple[str, ...]) -> Array:
+        """The tensors as they are, kernels transposed, in the storage dtype."""
+        dtype = self.stored_dtype(path, names[0])
+        shape = flatten_paths(abstract_params(self.config))[path].shape
+        out = _aligned(shape, dtype)
+        stack = out if path.startswith("layers/") else out[None]
+        for name, layer in zip(names, stack, strict=True):
+            rows = layer.T if path.endswith("/kernel") else layer
+            if self.is_bnb(name):
+                rows[:] = np.asarray(dequantize_rows(self.read_bnb(path, name), jnp.dtype(dtype)))
+                continue
+            for start, chunk in _chunks(self.tensors[name]):
+                values = chunk.astype(dtype, copy=False)
+                if not np.all(np.isfinite(values)):
+                    raise self.not_finite(name)
+                rows[start : start + len(chunk)] = values
+        return jax.device_put(out)
+
+    def encode(self, path: str, names: tuple[str, ...], encoding: Encoding) -> QuantizedArray:
+        """The tensors in 4 bits."""
+        format, block_size, double_quant = encoding
+        (rows, cols), n = tensor_shape(path, self.config), len(names)
+        blocks = -(-cols // block_size)
+        codes = _aligned((n, rows, blocks * block_size // 2), np.uint8)
+        constants = _aligned((n, rows, blocks), np.uint8 if double_quant else np.float32)
+        scales, offsets = [], []
+        for layer, name in enumerate(names):
+            absmax = np.empty((rows, blocks), np.float32)
+            for start, chunk in _chunks(self.tensors[name]):
+                part, finite = _encode(chunk, format, block_size)
+                if not finite:
+                    raise self.not_finite(name)
+                place = slice(start, start + len(chunk))
+                codes[layer, place], absmax[place] = np.asarray(part.codes), np.asarray(part.absmax)
+            if double_quant:
+                codes8, scale, offset = _encode_absmax(absmax.reshape(-1))
+                constants[layer] = np.asarray(codes8).reshape(rows, blocks)
+                scales.append(scale)
+                offsets.append(offset)
+            else:
+                constants[layer] = absmax
+        return QuantizedArray.from_parts(
+            codes=jax.device_put(codes),
+            absmax=jax.device_put(constants),
+            absmax_scale=jnp.stack(scales) if double_quant else None,
+            absmax_offset=jnp.stack(offsets) if double_quant else None,
+            kernel_shape=(cols, rows),
+            format=format,
+            block_size=block_size,
+            dtype=jnp.dtype(self.stored_dtype(path, names[0])),
+        )
+
+    def not_finite(self, name: str) -> InputError:
+        return InputError(
+            f"{self.where}: tensor '{self.tensors[name].name}' has values that are not finite (NaN "
+            "or infinity). The checkpoint is damaged, or its training diverged."
+        )
+
+
+def _chunks(tensor: Tensor) -> Iterator[tuple[int, np.ndarray]]:
+    """Cut a tensor into runs of rows, each with the number of its first.
+
+    All are of one size, so that one compilation encodes them; the last may overlap the one before.
+    """
+    rows = tensor.shape[0]
+    step = min(rows, max(1, _CHUNK // int(np.prod(tensor.shape[1:]))))
+    for start in [*range(0, rows - step, step), rows - step]:
+        yield start, tensor.read(start, start + step)
+
+
+def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """Allocate memory that becomes a jax array on a CPU without being copied."""
+    dtype = np.dtype(dtype)
+    return aligned_bytes(int(np.prod(shape)) * dtype.itemsize).view(dtype).reshape(shape)
+
+
+@partial(jax.jit, static_argnums=(1, 2))
+def _encode(rows: Array, format: str, block_size: int) -> tuple[QuantizedArray, Array]:
+    part = quantize_rows(rows, format=format, block_size=block_size, double_quant=False)
+    # not told by absmax: on a CPU, XLA's maximum may drop a NaN
+    return part, jnp.all(jnp.isfinite(rows))
+
+
+_encode_absmax = jax.jit(quantize_absmax)
+
+
+def _stack(parts: list[QuantizedArray], where: str) -> QuantizedArray:
+    """Layers that are in 4 bits already, as one array."""
+    for part in parts:
+        if jax.tree.structure(part) != jax.tree.structure(parts[0]):
+            raise InputError(
+                f"{where}: layers are quantized differently ({parts[0]!r} and {part!r}): expected "
+                "all alike. Load with quantization=None, which makes all of them dense."
+            )
+    return jax.tree.map(lambda *xs: jnp.stack(xs), *parts)
+
+
+def _check_names(tensors: Mapping[str, Any], config: DecoderConfig, where: str) -> None:
+    """Every tensor has a use and every parameter a tensor, or none is read."""
+    used, missing = set(), []
+    for path in flatten_paths(abstract_params(config)):
+        for name in tensor_names(path, config):
+            used.update(bnb_parts(tensors, name) or (name,))
+            missing += [] if name in tensors else [name]
+    # a buffer that old versions of transformers saved: it follows from the configuration
+    unused = [n for n in tensors if n not in used and not n.endswith("rotary_emb.inv_freq")]
+    if config.tied and "lm_head.weight" in unused:
+        _check_tied(tensors, where)
+        unused.remove("lm_head.weight")
+    if missing or unused:
+        lists = [
+            f"{len(names)} {what}: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
+            for what, names in (("missing", missing), ("without a use", unused))
+            if names
+        ]
+        raise InputError(
+            f"{where} does not hold the tensors of its configuration: {'; '.join(lists)}. Expected "
+            f"those of a {config.family} model with {config.n_layers} layers; download it again, "
+            "or check config.json."
+        )
+
+
+def _check_tied(tensors: Mapping[str, Any], where: str) -> None:
+    head, table = tensors["lm_head.weight"], tensors["model.embed_tokens.weight"]
+    if head.shape != table.shape or not np.array_equal(head.read(), table.read()):
+        raise InputError(
+            f"{where}: config.json says tie_word_embeddings, but 'lm_head.weight' differs from "
+            "'model.embed_tokens.weight'. Set tie_word_embeddings to false in config.json if the "
+            "head is its own."
+        )
+
+
+def _check_shapes(tensors: Mapping[str, Any], config: DecoderConfig, where: str) -> None:
+    for path in flatten_paths(abstract_params(config)):
+        shape = tensor_shape(path, config)
+        for name in tensor_names(path, config):
+            tensor = tensors[name]
+            if bnb_parts(tensors, name):
+                continue  # its quantization state tells
+            if tuple(tensor.shape) != shape:
+                raise InputError(
+                    f"{where}: tensor '{tensor.name}' has shape {list(tensor.shape)}, expected "
+                    f"{list(shape)} from the configuration. They belong to different models."
+                )
+            if tensor.dtype.name not in ("float32", "bfloat16", "float16"):
+                raise InputError(
+                    f"{where}: tensor '{tensor.name}' has dtype {tensor.dtype.name}, expected "
+                    "float32, bfloat16 or float16. Use the unquantized checkpoint."
+                )
