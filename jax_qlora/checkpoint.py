@@ -86,6 +86,22 @@ def saved_steps(directory: str | Path) -> list[int]:
     return sorted(int(match[1]) for match in found if match)
 
 
+def check_identity(directory: str | Path, identity: Mapping[str, str]) -> None:
+    """Raises unless the newest checkpoint agrees with `identity`; cheap, reads no array.
+
+    Args:
+        directory: what `save` was given.
+        identity: all or some of what `save` was given.
+
+    Raises:
+        InputError: something differs (names what), or the checkpoint is damaged.
+    """
+    if found := saved_steps(directory):
+        path = Path(directory).absolute() / f"step-{found[-1]:06d}"
+        saved = _read_meta(path, found)["identity"]
+        _compare_identity(path, {name: saved.get(name) for name in identity}, identity)
+
+
 def restore(
     directory: str | Path, like: PyTree, *, identity: Mapping[str, str]
 ) -> tuple[int, PyTree] | None:
@@ -106,19 +122,14 @@ def restore(
     if not found:
         return None
     path = Path(directory).absolute() / f"step-{found[-1]:06d}"
+    meta = _read_meta(path, found)
+    _compare_identity(path, meta["identity"], identity)
+    wanted = flatten_paths(like)
+    _check_arrays(path, meta["arrays"], wanted)
     try:
-        meta = json.loads((path / "meta" / "metadata").read_text("utf-8"))
-        _check_identity(path, dict(meta["identity"]), identity)
-        wanted = flatten_paths(like)
-        _check_arrays(path, meta["arrays"], wanted)
         arrays = _read(path, meta["arrays"])
     except (OSError, KeyError, TypeError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(
-            f"The checkpoint '{path}' is damaged: {_first_line(error)} Delete that directory to "
-            + (f"resume from step {found[-2]}." if found[1:] else "start again.")
-        ) from error
+        raise _damaged(path, found, error) from error
     return found[-1], jax.tree.unflatten(jax.tree.structure(like), [arrays[n] for n in wanted])
 
 
@@ -192,7 +203,22 @@ def _key(name: str) -> str:
     return name.replace("/", ".")
 
 
-def _check_identity(path: Path, saved: Mapping[str, str], now: Mapping[str, str]) -> None:
+def _read_meta(path: Path, found: list[int]) -> dict[str, Any]:
+    try:
+        meta = json.loads((path / "meta" / "metadata").read_text("utf-8"))
+        return {"identity": dict(meta["identity"]), "arrays": dict(meta["arrays"])}
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise _damaged(path, found, error) from error
+
+
+def _damaged(path: Path, found: list[int], error: Exception) -> InputError:
+    return InputError(
+        f"The checkpoint '{path}' is damaged: {_first_line(error)} Delete that directory to "
+        + (f"resume from step {found[-2]}." if found[1:] else "start again.")
+    )
+
+
+def _compare_identity(path: Path, saved: Mapping[str, str], now: Mapping[str, str]) -> None:
     differ = [
         f"{name} was {saved.get(name, 'absent')}, is {now.get(name, 'absent')}"
         for name in sorted({*saved, *now})

@@ -84,8 +84,8 @@ class DataConfig:
     """A .jsonl, .json or .parquet file of chats, or the name of a data set that comes packaged."""
     eval_source: str | None = None
     """A file of held-out chats; absent: the data set's own, or the last `eval.examples` chats."""
-    max_length: Annotated[int, Range(8)] = 512
-    """Longest example in tokens; longer ones are an error."""
+    max_length: Annotated[int, Range(8)] | None = None
+    """Longest example in tokens; longer ones are an error. Absent: the model's context."""
     length_multiple: Count = 32
     """A batch is padded to its longest example, rounded up to a multiple of this. Each length is
     compiled once, so a larger multiple compiles less and pads more."""
@@ -150,6 +150,8 @@ class EvalConfig:
     """Held-out examples for the loss."""
     answers: CountOrZero = 128
     """Held-out prompts answered by the base and by the tuned model and scored (chrF)."""
+    answer_batch: Count = 16
+    """Prompts answered at once: more is faster, and takes memory for their keys and values."""
     samples: CountOrZero = 4
     """Of these answers, how many are printed."""
     max_new_tokens: Count = 64
@@ -321,13 +323,17 @@ def _convert(value: Any, annotation: Any, where: str, key: str) -> Any:
             raise _wrong(where, key, "one of " + ", ".join(map(_toml_value, args)), value, guess)
         return value
     if origin in (typing.Union, types.UnionType):
-        for choice in args:
+        choices = [choice for choice in args if choice is not types.NoneType]
+        if value is None and len(choices) < len(args):
+            return None
+        if len(choices) == 1:
+            return _convert(value, choices[0], where, key)
+        for choice in choices:
             try:
                 return _convert(value, choice, where, key)
             except InputError:
                 continue
-        wanted = " or ".join(_describe(choice) for choice in args if choice is not types.NoneType)
-        raise _wrong(where, key, wanted, value)
+        raise _wrong(where, key, " or ".join(map(_describe, choices)), value)
     if origin is tuple:
         if not isinstance(value, list | tuple):
             raise _wrong(where, key, "a list", value)

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from jax_qlora import checkpoint
-from jax_qlora.checkpoint import fingerprint, restore, save, saved_steps
+from jax_qlora.checkpoint import check_identity, fingerprint, restore, save, saved_steps
 from jax_qlora.errors import InputError
 
 IDENTITY = {"lora.rank": "4", "base": "ab12"}
@@ -83,6 +83,14 @@ def test_another_run_is_refused(tmp_path, state):
         restore(tmp_path, state, identity={"lora.rank": "8", "base": "cd34"})
     with pytest.raises(InputError, match="lora.rank was 4, is absent"):
         restore(tmp_path, state, identity={"base": "ab12"})
+
+
+def test_settings_are_compared_before_arrays_are_made(tmp_path, state):
+    check_identity(tmp_path, IDENTITY)  # nothing saved yet
+    save(tmp_path, 1, state, identity=IDENTITY)
+    check_identity(tmp_path, {"lora.rank": "4"})
+    with pytest.raises(InputError, match="lora.rank was 4, is 8. Restore"):
+        check_identity(tmp_path, {"lora.rank": "8"})
 
 
 def test_other_arrays_are_refused(tmp_path, state):

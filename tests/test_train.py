@@ -25,6 +25,7 @@ from jax_qlora.models import Model
 from jax_qlora.optim import adamw
 from jax_qlora.report import Display, Metrics, read_metrics
 from jax_qlora.train import init_state, make_step, recipe, train
+from jax_qlora.train.examples import load_data
 from jax_qlora.train.step import CompiledSteps, check_finite
 from jax_qlora.train.stop import stop_requests
 from jax_qlora.tree import nbytes
@@ -416,6 +417,11 @@ def test_bad_settings_stop_before_anything_is_written(tmp_path):
     with pytest.raises(InputError, match="'q_prj' matches no kernel .*q_proj"):
         run(config)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_model_without_tokenizer_is_refused():
+    with pytest.raises(InputError, match="has no tokenizer.json, so text cannot"):
+        load_data(Config(), None, context=128)
 
 
 def test_a_full_disk_is_found_before_training(tmp_path, monkeypatch):

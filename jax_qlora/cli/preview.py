@@ -22,19 +22,12 @@ def run(args: Sequence[str]) -> int:
     from rich.console import Console
 
     from ..data.batches import batch_indices
-    from ..data.encode import encode_all
-    from ..data.examples import load_splits
     from ..data.preview import preview
-    from ..interop.download import resolve
-    from ..interop.tokenizer import load_tokenizer
+    from ..train.examples import load_data, read_description
 
-    tokenizer = load_tokenizer(resolve(config.model))
-    train, held_out = load_splits(
-        config.data.source,
-        held_out_source=config.data.eval_source,
-        held_out=config.eval.examples,
-    )
-    encoded = encode_all(tokenizer, train, config.data.max_length)
+    decoder, tokenizer = read_description(config.model)
+    data = load_data(config, tokenizer, context=decoder.max_length)
+    encoded, held_out = data.train, data.held_out
     lengths = np.array([len(example) for example in encoded])
     learned = np.array([int(example.loss_mask.sum()) for example in encoded])
     rows = config.train.batch_size * config.train.accumulate

@@ -91,7 +91,8 @@ def load_splits(
     if held_out >= len(train):
         raise InputError(
             f"'{source}' holds {len(train)} examples, and {held_out} are to be held out: none is "
-            "left to train on. Hold out fewer or add examples."
+            "left to train on. Hold out fewer (eval.examples), name a file of held-out ones "
+            "(data.eval_source), or add examples."
         )
     return train[: len(train) - held_out], train[len(train) - held_out :]
 

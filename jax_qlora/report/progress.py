@@ -20,8 +20,8 @@ from rich.text import Text
 class Display:
     """Shows the phases of a run. Lines printed through it stay above the live bar.
 
-    In a log, where nothing can be redrawn, a phase prints a line when it starts, and one about every
-    ten seconds when it has something to say.
+    In a log, where nothing can be redrawn, a phase prints a line when it starts, and one about
+    every ten seconds when it has something to say.
     """
 
     def __init__(self, console: Console):

@@ -19,8 +19,6 @@ from ..typing import PyTree
 from .examples import Data
 from .stop import Stop
 
-_BATCH = 32  # prompts answered at once
-
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
@@ -64,7 +62,7 @@ class Answers:
         Args:
             prompts: What to answer.
             model: Generates and decodes.
-            config: `eval.max_new_tokens`.
+            config: `eval`: how many at once, and how long.
             run: Answers before training are kept in this directory for a resumed run.
         """
         self.prompts = list(prompts)
@@ -72,6 +70,7 @@ class Answers:
         self.after: list[str] = []
         self._model = model
         self._saved = run / "answers-before.json"
+        self._batch_size = config.eval.answer_batch
         self._generate = make_generator(model, max_new_tokens=config.eval.max_new_tokens)
 
     def answer_before(self, params: PyTree, show: Display, stop: Stop) -> None:
@@ -113,7 +112,7 @@ class Answers:
                 params,
                 prompts,
                 key=jax.random.key(0),  # greedy: never used
-                batch_size=_BATCH,
+                batch_size=self._batch_size,
                 on_batch=phase.update,
                 stop=stop,
             )

@@ -2,13 +2,19 @@
 """The examples of a run as tokens, and the batch of any step as a pure function of its number."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from ..config import Config
 from ..data.batches import batch_indices, make_batch, padded_length
 from ..data.encode import Encoded, encode_all
 from ..data.examples import Example, load_splits
+from ..errors import InputError
 from ..evaluate import Batch, answer_width
-from ..models import Model
+from ..interop.download import resolve
+from ..interop.gguf import read_gguf
+from ..interop.hf_config import read_config
+from ..interop.tokenizer import load_tokenizer
+from ..models import DecoderConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,16 +60,43 @@ class Data:
         return {name: x.reshape(parts, rows, length) for name, x in batch.items()}
 
 
-def load_data(config: Config, model: Model) -> Data:
+def read_description(name: str) -> tuple[DecoderConfig, Any]:
+    """Return a model's shape and its tokenizer (None if it has none) without reading weights.
+
+    Args:
+        name: What `load_model` takes.
+
+    Raises:
+        InputError: There is no such model, or its description is not understood.
+    """
+    path = resolve(name)
+    decoder = read_gguf(path)[0] if path.suffix == ".gguf" else read_config(path)[0]
+    has_tokenizer = path.suffix == ".gguf" or (path / "tokenizer.json").is_file()
+    return decoder, load_tokenizer(path) if has_tokenizer else None
+
+
+def load_data(config: Config, tokenizer: Any, *, context: int) -> Data:
     """Read and encode the examples that `config` names.
 
     Args:
         config: Settings; `data` and `eval`.
-        model: Its tokenizer encodes.
+        tokenizer: The model's; None if it has none.
+        context: Tokens that the model can take.
 
     Raises:
-        InputError: Missing or malformed data, an example that does not fit, no chat template.
+        InputError: Missing or malformed data, an example that does not fit, no tokenizer.
     """
+    longest = context if config.data.max_length is None else config.data.max_length
+    if longest > context:
+        raise InputError(
+            f"data.max_length: expected at most {context}, the context of '{config.model}', found "
+            f"{longest}. Lower it."
+        )
+    if tokenizer is None:
+        raise InputError(
+            f"'{config.model}' has no tokenizer.json, so text cannot be turned into tokens. Put "
+            "the model's tokenizer files beside its weights."
+        )
     train, held_out = load_splits(
         config.data.source,
         held_out_source=config.data.eval_source,
@@ -71,7 +104,7 @@ def load_data(config: Config, model: Model) -> Data:
     )
     return Data(
         config=config,
-        train=encode_all(model.tokenizer, train, config.data.max_length),
-        held_out=encode_all(model.tokenizer, held_out, config.data.max_length),
+        train=encode_all(tokenizer, train, longest),
+        held_out=encode_all(tokenizer, held_out, longest),
         held_out_examples=held_out,
     )

@@ -24,15 +24,15 @@ from ..config import Config, check_config, run_identity, to_toml
 from ..errors import InputError
 from ..evaluate import Batch, answer_loss, assemble, held_out_batches, held_out_loss
 from ..interop.load import load_model
-from ..lift import find_targets
-from ..lora import init_adapter, summary
-from ..models import Model
+from ..lift import find_targets, lift
+from ..lora import Targets, init_adapter, summary
+from ..models import DecoderConfig, Model, abstract_params, decoder_functions
 from ..optim import adamw, make_schedule
 from ..report import Display, Metrics, write_text
 from ..tree import nbytes
 from ..typing import Array, PyTree
 from .answers import Answers, held_out_prompts, system_prompt
-from .examples import load_data
+from .examples import load_data, read_description
 from .outcome import finish
 from .step import CompiledSteps, TrainState, check_finite, init_state, make_step
 from .stop import stop_requests
@@ -72,10 +72,23 @@ def train(config: Config, *, console: Console | None = None) -> Result:
     """
     check_config(config)
     total, run = config.train.steps, Path(config.output)
+    saved = run / "checkpoints"
     with Display(console or Console()) as show:
-        # What trains, what is frozen, and the data.
-        model, trainable, frozen = load(config, show)
-        data = load_data(config, model)
+        # Whatever can be wrong is looked at before the weights are read.
+        checkpoint.check_identity(saved, run_identity(config))
+        if checkpoint.saved_steps(saved)[-1:] == [total] and (run / "run.json").exists():
+            show.print(
+                f"'{run}' is complete: {total} steps, report in '{run}/report.html'. For another "
+                "run choose another --output; to measure again delete run.json."
+            )
+            figures = json.loads((run / "run.json").read_text("utf-8"))
+            return Result(step=total, interrupted=0, figures=figures)
+        decoder, tokenizer = read_description(config.model)
+        targets = None if config.method == "full" else find_decoder_targets(decoder, config)
+        data = load_data(config, tokenizer, context=decoder.max_length)
+
+        # What trains, and what is frozen.
+        model, trainable, frozen = load(config, targets, show)
         rows = config.train.batch_size * config.train.accumulate
         show.print(
             f"{len(data.train):,} examples to learn, {len(data.held_out)} held out; "
@@ -103,20 +116,12 @@ def train(config: Config, *, console: Console | None = None) -> Result:
         state = init_state(trainable, optimizer, half=half)
 
         # Resume, if this very run has been here before.
-        saved = run / "checkpoints"
         identity = run_identity(config) | {
             "weights": checkpoint.fingerprint((trainable, frozen)),
             "examples": checkpoint.fingerprint([example.tokens for example in data.train]),
         }
         if found := checkpoint.restore(saved, state, identity=identity):
             state = found[1]
-            if found[0] == total and (run / "run.json").exists():
-                show.print(
-                    f"'{run}' is complete: {total} steps, report in '{run}/report.html'. For "
-                    "another run choose another --output; to measure again delete run.json."
-                )
-                figures = json.loads((run / "run.json").read_text("utf-8"))
-                return Result(step=total, interrupted=0, figures=figures)
             show.print(f"Resuming after step {found[0]} of {total}.")
         check_room(run, state, keep=config.train.keep_checkpoints)
         write_text(run / "config.toml", to_toml(config))
@@ -212,15 +217,27 @@ def train(config: Config, *, console: Console | None = None) -> Result:
         return Result(step=total, interrupted=0, figures=figures)
 
 
-def load(config: Config, show: Display) -> tuple[Model, PyTree, PyTree | None]:
-    """Return the model, what trains, and the frozen base (None when every weight trains).
+def find_decoder_targets(decoder: DecoderConfig, config: Config) -> Targets:
+    """Return the kernels that `config.lora.targets` names in a decoder of this shape."""
+    functions = decoder_functions(decoder).map(lift)
+    tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
+    return find_targets(
+        functions.apply, abstract_params(decoder), tokens, match=config.lora.targets
+    )
+
+
+def load(
+    config: Config, targets: Targets | None, show: Display
+) -> tuple[Model, PyTree, PyTree | None]:
+    """Return the model, what trains, and the frozen base.
 
     Args:
         config: Settings.
+        targets: Kernels to adapt; None trains every weight, and nothing is frozen.
         show: Prints the table of what is frozen and what trains.
 
     Raises:
-        InputError: The model cannot be read or does not fit the settings; a target matches nothing.
+        InputError: The model cannot be read.
     """
     dtype, lora = config.train.compute_dtype, config.lora
     model = load_model(
@@ -231,17 +248,10 @@ def load(config: Config, show: Display) -> tuple[Model, PyTree, PyTree | None]:
         compute_dtype=None if dtype == "auto" else dtype,
         remat=config.train.remat,
     )
-    if config.data.max_length > model.config.max_length:
-        raise InputError(
-            f"data.max_length: expected at most {model.config.max_length}, the context of "
-            f"'{config.model}', found {config.data.max_length}. Lower it."
-        )
-    if config.method == "full":
+    if targets is None:
         show.print(summary(model.params))
         params = jax.tree.map(lambda x: x.astype(jnp.float32), model.params)
         return dataclasses.replace(model, params=None), params, None
-    tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
-    targets = find_targets(model.apply, model.params, tokens, match=lora.targets)
     adapter = init_adapter(
         jax.random.key(config.seed),
         targets,

@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The commands as a user runs them, on a tiny model."""
+
+import io
+import json
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jax_qlora as jq
+from jax_qlora.cli.main import main
+
+from ..helpers import GOLDEN, ROOT
+
+LLAMA = str(GOLDEN / "models" / "llama")
+SHOUT = str(GOLDEN / "shout.jsonl")
+COMMON = [str(ROOT / "configs" / "smoke.toml"), "--model", LLAMA, "--data.source", SHOUT]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished run of `jax-qlora train`."""
+    output = tmp_path_factory.mktemp("cli") / "run"
+    with jax.numpy_dtype_promotion("standard"):
+        assert main(["train", *COMMON, "--output", str(output), "--eval.answers", "2"]) == 0
+    return output
+
+
+def answers(capsys, *args):
+    assert main(["generate", *args, "--max_new_tokens", "6", "--json"]) == 0
+    return [json.loads(line)["answer"] for line in capsys.readouterr().out.splitlines()]
+
+
+def test_generate_with_and_without_the_adapter(finished, capsys):
+    tuned = answers(capsys, "--run", str(finished), "tau", "omega")
+    sampled = json.loads((finished / "samples.jsonl").read_text().splitlines()[0])
+    assert sampled["prompt"] == "tau" and sampled["tuned"].startswith(tuned[0])
+    by_parts = answers(
+        capsys,
+        "--model",
+        LLAMA,
+        "--adapter",
+        str(finished / "adapter"),
+        "--system",
+        "Shout.",
+        "tau",
+    )
+    assert by_parts == tuned[:1]
+    base = answers(capsys, "--model", LLAMA, "--system", "Shout.", "tau")
+    assert base != by_parts
+
+
+def test_generate_reads_prompts_from_standard_input(finished, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("tau\n\nomega\n"))
+    piped = answers(capsys, "--run", str(finished))
+    assert piped == answers(capsys, "--run", str(finished), "tau", "omega")
+
+
+def test_generate_samples_with_a_seed(finished, capsys):
+    hot = ["--run", str(finished), "--temperature", "3", "tau"]
+    assert answers(capsys, *hot, "--seed", "1") == answers(capsys, *hot, "--seed", "1")
+    assert answers(capsys, *hot, "--seed", "1") != answers(capsys, *hot, "--seed", "2")
+
+
+def test_merge_writes_a_model_with_the_same_logits(finished, tmp_path, capsys):
+    output = tmp_path / "merged"
+    assert main(["merge", str(output), "--run", str(finished), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"output": str(output), "dtype": "float32"}
+    merged = jq.load_model(output, quantization=None)
+    model = jq.load_model(LLAMA, quantization="nf4")
+    params = jq.attach(model.params, jq.load_adapter(finished / "adapter", model))
+    tokens = jnp.asarray(np.arange(3, 40)[None])
+    np.testing.assert_allclose(
+        merged.apply(merged.params, tokens), model.apply(params, tokens), atol=2e-4
+    )
+    assert main(["merge", str(output), "--run", str(finished)]) == 2
+    assert "is in use" in capsys.readouterr().err
+
+
+def test_preview_shows_what_is_learned(capsys):
+    assert main(["preview", *COMMON]) == 0
+    text = capsys.readouterr().out
+    assert "18 examples to learn, 6 held out" in text and "⟦" in text and "2.67 epochs" in text
+    assert main(["preview", *COMMON, "--json"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["examples"] == 18 and figures["tokens"]["most"] <= 64
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ("train absent.toml", "No settings file at 'absent.toml'"),
+        ("train --model absent", "No model at 'absent'"),
+        ("train --model {llama} --data.source absent.jsonl", "No data file at 'absent.jsonl'"),
+        ("train --model {llama} --data.source {broken}", "broken.jsonl' line 2: not valid JSON"),
+        (
+            "train --model {llama} --data.source {shout} --eval.examples 6 --data.max_length 8",
+            "at most 8 fit",
+        ),
+        ("train --model {llama} --data.source {shout}", "Hold out fewer (eval.examples)"),
+        ("preview --model {llama} --data.source absent.jsonl", "No data file"),
+        ("generate hello", "Which model? Give --run"),
+        ("generate --run {tmp} hello", "is no run: expected a config.toml"),
+        ("generate --run {cut} hello", "has no adapter yet: expected"),
+        ("generate --model {llama} --temperature -1 hello", "temperature: expected at least 0"),
+        ("generate --model {llama} --adapter {tmp} hello", "adapter_config.json"),
+        ("generate --model {truncated} hello", "model.safetensors"),
+        ("merge {tmp}/out --model {llama} --adapter {tmp}", "--quantization: expected nf4"),
+    ],
+)
+def test_bad_input_stops_with_one_message(args, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text('{"text": "fine"}\n{"text": \n')
+    truncated = tmp_path / "truncated"
+    truncated.mkdir()
+    for file in (GOLDEN / "models" / "llama").iterdir():
+        data = file.read_bytes()
+        (truncated / file.name).write_bytes(data[:5000] if file.suffix == ".safetensors" else data)
+    cut = tmp_path / "cut"
+    cut.mkdir()
+    (cut / "config.toml").write_text(f'model = "{LLAMA}"\n')
+    names = {
+        "llama": LLAMA, "broken": broken, "shout": SHOUT, "tmp": tmp_path,
+        "truncated": truncated, "cut": cut,
+    }  # fmt: skip
+    before = sorted(tmp_path.rglob("*"))
+    assert main(shlex.split(args.format(**names))) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error and len(error.splitlines()) <= 2
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def start(output: Path, *more: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-u", "-m", "jax_qlora", "train", *COMMON, "--output", str(output)]
+    pipe = subprocess.PIPE
+    return subprocess.Popen([*command, *more], stdout=pipe, stderr=pipe, text=True, cwd=ROOT)
+
+
+@pytest.mark.slow
+def test_ctrl_c_in_a_real_process_saves_and_says_how_to_resume(tmp_path):
+    long = ["--train.steps", "100000", "--eval.answers", "0", "--eval.every", "100000"]
+    process = start(tmp_path / "run", *long)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("Training 1/"):
+            process.send_signal(signal.SIGINT)
+            break
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert "Stopped after step" in out and "Traceback" not in err
+    resume = next(line for line in err.splitlines() if line.startswith("Resume with: "))
+    assert shlex.split(resume)[2:4] == ["jax-qlora", "train"] and "--train.steps" in resume
+    saved = sorted((tmp_path / "run" / "checkpoints").iterdir())
+    assert saved[-1].name.startswith("step-")
+
+
+@pytest.mark.slow
+def test_ctrl_c_before_the_first_step_is_quiet(tmp_path):
+    process = start(tmp_path / "run")
+    assert process.stdout is not None
+    process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130 and "Traceback" not in err
