@@ -35,7 +35,7 @@ def reference(name: str, side: str = "") -> tuple[jax.Array, np.ndarray, np.ndar
 
 def load(name: str, **settings: Any) -> Any:
     # None leaves what bitsandbytes has quantized alone only if it is not asked for
-    quantization = {} if "bnb" in name else {"quantization": None}
+    quantization: dict[str, Any] = {} if "bnb" in name else {"quantization": None}
     return jq.load_model(MODELS / name, **(quantization | settings))
 
 
