@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,17 @@ def tensor_names(path: str, config: DecoderConfig) -> tuple[str, ...]:
     return (name if path.startswith("lm_head/") else f"model.{name}",)
 
 
+@lru_cache(maxsize=8)
+def parameter_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every parameter by path, in tree order.
+
+    >>> from jax_qlora.models.presets import TINY
+    >>> parameter_shapes(TINY)["layers/mlp/up_proj/kernel"]
+    (3, 32, 64)
+    """
+    return {path: x.shape for path, x in flatten_paths(abstract_params(config)).items()}
+
+
 def tensor_shape(path: str, config: DecoderConfig) -> tuple[int, ...]:
     """Return the shape of each of a parameter's tensors in a checkpoint: kernels are `[out, in]`.
 
@@ -48,7 +59,7 @@ def tensor_shape(path: str, config: DecoderConfig) -> tuple[int, ...]:
     >>> tensor_shape("layers/mlp/up_proj/kernel", TINY)
     (64, 32)
     """
-    shape = flatten_paths(abstract_params(config))[path].shape
+    shape = parameter_shapes(config)[path]
     shape = shape[1:] if path.startswith("layers/") else shape
     return shape[::-1] if path.endswith("/kernel") else shape
 
@@ -115,12 +126,12 @@ def save_hf(
 
 def _plan(params: PyTree, config: DecoderConfig, dtype: Any) -> Iterator[tuple[str, PlannedTensor]]:
     leaves = flatten_paths(params, is_leaf=is_special)
-    expected = flatten_paths(abstract_params(config))
-    wrong = [p for p in expected if p not in leaves or leaves[p].shape != expected[p].shape]
+    expected = parameter_shapes(config)
+    wrong = [p for p in expected if p not in leaves or leaves[p].shape != expected[p]]
     wrong += [p for p in leaves if p not in expected]
     if wrong:
         found = leaves[wrong[0]].shape if wrong[0] in leaves else "nothing"
-        want = expected[wrong[0]].shape if wrong[0] in expected else "no such parameter"
+        want = expected[wrong[0]] if wrong[0] in expected else "no such parameter"
         raise InputError(
             f"The parameters are not those of the configuration: at '{wrong[0]}' expected {want}, "
             f"found {found} ({len(wrong)} differ). Pass the parameters of the loaded model."

@@ -19,10 +19,10 @@ from ..models import DecoderConfig, abstract_params
 from ..quant import QuantizedArray, quantize_rows
 from ..quant.array import dequantize_rows
 from ..quant.blockwise import quantize_absmax
-from ..tree import flatten_paths, map_with_path
+from ..tree import map_with_path
 from ..typing import Array, PyTree
 from .bnb import bnb_parts, read_bnb
-from .hf import tensor_names, tensor_shape
+from .hf import parameter_shapes, tensor_names, tensor_shape
 from .safetensors import aligned_bytes
 
 _CHUNK = 1 << 19  # elements read and encoded at a time: their temporaries stay small
@@ -130,7 +130,7 @@ class _Source(NamedTuple):
     def dense(self, path: str, names: tuple[str, ...]) -> Array:
         """The tensors as they are, kernels transposed, in the storage dtype."""
         dtype = self.stored_dtype(path, names[0])
-        shape = flatten_paths(abstract_params(self.config))[path].shape
+        shape = parameter_shapes(self.config)[path]
         out = _aligned(shape, dtype)
         stack = out if path.startswith("layers/") else out[None]
         for name, layer in zip(names, stack, strict=True):
@@ -227,7 +227,7 @@ def _stack(parts: list[QuantizedArray], where: str) -> QuantizedArray:
 def _check_names(tensors: Mapping[str, Any], config: DecoderConfig, where: str) -> None:
     """Every tensor has a use and every parameter a tensor, or none is read."""
     used, missing = set(), []
-    for path in flatten_paths(abstract_params(config)):
+    for path in parameter_shapes(config):
         for name in tensor_names(path, config):
             used.update(bnb_parts(tensors, name) or (name,))
             missing += [] if name in tensors else [name]
@@ -260,7 +260,7 @@ def _check_tied(tensors: Mapping[str, Any], where: str) -> None:
 
 
 def _check_shapes(tensors: Mapping[str, Any], config: DecoderConfig, where: str) -> None:
-    for path in flatten_paths(abstract_params(config)):
+    for path in parameter_shapes(config):
         shape = tensor_shape(path, config)
         for name in tensor_names(path, config):
             tensor = tensors[name]
