@@ -8,6 +8,7 @@ go.
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from jax import lax
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 from jax.extend.core.primitives import (
     cond_p,
@@ -35,8 +36,12 @@ __all__ = [
     "remat_p",
     "scan_p",
     "scan_parts",
+    "unstack_p",
     "while_p",
 ]
+
+# How `for layer in stacked` is traced since jax 0.11; before, as slices. Plain when 0.11 is oldest.
+unstack_p: Any = getattr(lax, "unstack_p", None)
 
 
 def aval_of(atom: Any) -> Any:

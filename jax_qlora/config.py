@@ -220,11 +220,14 @@ def from_table(table: Mapping[str, Any], *, where: str = "settings") -> Config:
 
 
 def check_config(config: Config, *, where: str = "settings") -> None:
-    """Raise `InputError` unless every value of `config` has its type, range and sense.
+    """Check that every value of `config` has its type, range and sense.
 
     Args:
         config: what to check, for example after overrides from a command line.
         where: what to call the source in messages.
+
+    Raises:
+        InputError: wrong type, value out of range, or values that contradict each other.
     """
     for key, value, annotation in _leaves(config, ""):
         _convert(value, annotation, where, key)

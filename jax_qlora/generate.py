@@ -146,6 +146,9 @@ def pad_left(
 
     Returns:
         int32 tokens and bool mask, both `[batch, seq]`.
+
+    Raises:
+        InputError: A prompt has no token.
     """
     length = -(-max(map(len, prompts)) // multiple) * multiple
     tokens = np.zeros((len(prompts), length), np.int32)

@@ -40,11 +40,7 @@ def main(args: Sequence[str] | None = None) -> int:
         return 0
     name = args.pop(0)
     try:
-        if name not in COMMANDS:
-            raise InputError(
-                f"'{name}' is no command.{nearest(name, COMMANDS)} Commands: {', '.join(COMMANDS)}."
-            )
-        return importlib.import_module(f"{__package__}.{name}").run(args)
+        return _run(name, args)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -63,6 +59,14 @@ def main(args: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
+
+
+def _run(name: str, args: list[str]) -> int:
+    if name not in COMMANDS:
+        raise InputError(
+            f"'{name}' is no command.{nearest(name, COMMANDS)} Commands: {', '.join(COMMANDS)}."
+        )
+    return importlib.import_module(f"{__package__}.{name}").run(args)
 
 
 def _help() -> str:

@@ -30,7 +30,11 @@ class Arguments(Source):
 
 
 def run(args: Sequence[str]) -> int:
-    """Merge and write."""
+    """Merge and write.
+
+    Raises:
+        InputError: Bad arguments, model or adapter; or it is not said how the base was held.
+    """
     arguments = parse(Arguments, args, prog="jax-qlora merge")
     name, adapter_path, settings = complete(arguments)
     if "quantization" not in settings:

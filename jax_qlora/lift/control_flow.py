@@ -162,7 +162,8 @@ def _scanned(weight: Weight) -> View:
     Raises:
         InputError: the scan runs over an axis that is contracted or moved.
     """
-    view = scan_view(weight.view)
+    first = -len(weight.view.leaf_shape)
+    view = scan_view(weight.view) if first in weight.view.lead(weight.leaf.layout) else None
     if view is None:
         raise InputError(
             f"'{weight.path}' is scanned over an axis that is contracted or moved: expected a "

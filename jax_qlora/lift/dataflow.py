@@ -25,6 +25,7 @@ from .._compat import (
     remat_p,
     scan_p,
     scan_parts,
+    unstack_p,
     while_p,
 )
 from .views import (
@@ -36,15 +37,23 @@ from .views import (
     match_lookup,
     scan_view,
     step_view,
+    take_view,
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class Param:
-    """A parameter, or a rearrangement of it."""
+    """A parameter, or a rearrangement of it.
+
+    Attributes:
+        path: Its path.
+        view: The rearrangement.
+        indexed: Axes of the parameter along which indices have been looked up: layers, experts.
+    """
 
     path: str
     view: View
+    indexed: frozenset[int] = frozenset()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +125,7 @@ class Dataflow:
         if isinstance(ins[0] if ins else None, Param):
             out = _rearranged(eqn, ins[0])
             if out is not None:
-                return [out]
+                return [out] * len(eqn.outvars)
         if sum(isinstance(f, Param) for f in ins) == 1 and eqn.primitive in _RECORDS:
             out = _RECORDS[eqn.primitive](self, eqn, ins)
             if out is not None:
@@ -147,11 +156,30 @@ class Dataflow:
                 return carry, outs[len(carry) :]
             carry = joined
 
-    def _use(self, path: str, use: Use) -> None:
-        """Records a use. A look-up says more of a tied embedding than the matmul of its head."""
-        known = self.uses.get(path)
-        if known is None or (use.kind == "embedding" and known.kind == "linear"):
-            self.uses[path] = use
+    def _use(
+        self,
+        param: Param,
+        kind: str,
+        contract: Sequence[int],
+        free: Sequence[int],
+        batch: Sequence[int] = (),
+        vocab: Sequence[int] = (),
+    ) -> None:
+        """Records a use, by the dimensions of the value that play each part in it.
+
+        A look-up says more of a tied embedding than the matmul of its head.
+        """
+
+        def axes(dims: Sequence[int]) -> tuple[int, ...]:
+            found = (param.view.origin[a] for d in dims for a in param.view.dims[d])
+            return tuple(a for a in dict.fromkeys(found) if a not in param.indexed)
+
+        parts = axes(contract), axes(free), axes(batch)
+        if len({a for part in parts for a in part}) < sum(map(len, parts)):
+            return  # an axis is cut, and its parts are used differently
+        known = self.uses.get(param.path)
+        if known is None or (kind == "embedding" and known.kind == "linear"):
+            self.uses[param.path] = Use(kind, parts[0], parts[1], axes(vocab))
 
     def _matmul(self, eqn: JaxprEqn, ins: list[Fact]) -> Fact:
         side = 0 if isinstance(ins[0], Param) else 1
@@ -160,13 +188,10 @@ class Dataflow:
         contracts, batches = eqn.params["dimension_numbers"]
         contract, batch = contracts[side], batches[side]
         free = free_dims(param.view, batch, contract)
-        ins_axes, outs_axes = (
-            tuple(a for d in dims for a in param.view.dims[d]) for dims in (contract, free)
-        )
         if other is _ONE_HOT:
-            self._use(param.path, Use("embedding", ins_axes, outs_axes, vocab=ins_axes))
+            self._use(param, "embedding", contract, free, batch, vocab=contract)
             return Activation(frozenset({param.path + "?"}))
-        self._use(param.path, Use("linear", ins_axes, outs_axes))
+        self._use(param, "linear", contract, free, batch)
         if isinstance(other, Activation):
             self.consumed |= other.kernels
         return Activation(frozenset({param.path}))
@@ -176,12 +201,13 @@ class Dataflow:
         plan = match_lookup(eqn, param.view) if isinstance(param, Param) else None
         if plan is None or not isinstance(param, Param):
             return None
-        view, vocab = param.view, param.view.dims[plan.dim]
-        rest = tuple(a for d, dim in enumerate(view.dims) if d != plan.dim for a in dim)
+        dims = param.view.dims
+        rest = [d for d in range(len(dims)) if d != plan.dim]
         batch = aval_of(eqn.invars[1]).shape[:-1]
-        if len(rest) > 1 and len(vocab) == 1:  # kernels of layers or experts, each index takes one
-            return Param(param.path, gathered_view(view, plan, batch))
-        self._use(param.path, Use("embedding", rest, vocab, vocab=vocab))
+        if len(rest) > 1 and len(dims[plan.dim]) == 1:  # each index takes a layer or an expert
+            indexed = param.indexed | {param.view.origin[dims[plan.dim][0]]}
+            return Param(param.path, gathered_view(param.view, plan, batch), indexed)
+        self._use(param, "embedding", rest, [plan.dim], vocab=[plan.dim])
         return Activation(frozenset({param.path + "?"}))
 
     def _conv(self, eqn: JaxprEqn, ins: list[Fact]) -> Fact:
@@ -189,8 +215,7 @@ class Dataflow:
         if not isinstance(param, Param):
             return None
         out_dim, *rest = eqn.params["dimension_numbers"].rhs_spec
-        ins_axes = tuple(a for d in sorted(rest) for a in param.view.dims[d])
-        self._use(param.path, Use("conv", ins_axes, param.view.dims[out_dim]))
+        self._use(param, "conv", sorted(rest), [out_dim])
         return Activation(frozenset({param.path}))
 
     def heads(self, outs: Sequence[Fact], shapes: Mapping[str, Sequence[int]]) -> set[str]:
@@ -202,9 +227,8 @@ class Dataflow:
             if any(path.endswith("?") for path in kernels):
                 continue  # the sum of an embedding and of layers: hidden states, not scores
             for path in kernels - self.consumed:
-                use = self.uses[path]
-                scores = use.vocab or use.out_axes
-                if vocabs & {shapes[path][a] for a in scores}:
+                use = self.uses.get(path)
+                if use and vocabs & {shapes[path][a] for a in use.vocab or use.out_axes}:
                     heads.add(path)
         return heads
 
@@ -232,16 +256,18 @@ _SHAPES = (
 def _rearranged(eqn: JaxprEqn, param: Any) -> Param | None:
     if eqn.primitive is lax.stop_gradient_p:
         return param
+    if eqn.primitive is unstack_p and len(param.view.dims[eqn.params["axis"]]) == 1:
+        return dataclasses.replace(param, view=take_view(param.view, eqn.params["axis"]))
     axis = lead_slice(eqn, param.view)
     view = step_view(eqn, param.view) if axis is None else drop_axis(param.view, axis)
-    return None if view is None else Param(param.path, view)
+    return None if view is None else dataclasses.replace(param, view=view)
 
 
 def _sliced(fact: Fact) -> Fact:
     if not isinstance(fact, Param):
         return fact
     view = scan_view(fact.view)
-    return _PLAIN if view is None else Param(fact.path, view)
+    return _PLAIN if view is None else dataclasses.replace(fact, view=view)
 
 
 def _join(facts: Sequence[Fact]) -> Fact:

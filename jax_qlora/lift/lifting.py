@@ -2,6 +2,7 @@
 """lift: the same function, over trees whose leaves may be quantized and adapted."""
 
 import functools
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -101,6 +102,14 @@ def _allow(materialize: str | Sequence[str]) -> Allow:
             f"be made dense. For one path pass [{materialize!r}]."
         )
     names = tuple(materialize)
+    for name in names:
+        try:
+            re.compile(name)
+        except re.error as e:
+            raise InputError(
+                f"materialize: {name!r} is no regular expression ({e}): expected names or regular "
+                "expressions of paths. Escape it."
+            ) from e
     return lambda path: any(matches_name(path, n) or matches_regex(path, n) for n in names)
 
 

@@ -16,14 +16,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .._compat import JaxprEqn, aval_of, bind_eqn
+from .._compat import JaxprEqn, aval_of, bind_eqn, unstack_p
 from ..errors import InputError
 from ..lora.array import LoraArray, lookup, lora_matmul
 from ..quant import QuantizedArray, quantized_matmul
 from ..typing import Array
 from .control_flow import CONTROL_FLOW
 from .interpreter import Special, evaluate
-from .views import gathered_view, lead_slice, match_lookup, match_matmul, step_view
+from .views import gathered_view, lead_slice, match_lookup, match_matmul, step_view, take_view
 from .weight import Unavailable, Weight
 
 Allow = Callable[[str], bool]
@@ -89,7 +89,7 @@ def _rearrange(eqn: JaxprEqn, values: list[Any]) -> list[Any] | None:
         rows = _lookup(weight, dim, jnp.asarray(start))
         return None if rows is None else [rows.reshape(aval_of(eqn.outvars[0]).shape)]
     view = step_view(eqn, view)
-    return None if view is None else [Weight(weight.leaf, view, weight.path)]
+    return None if view is None else [weight.under(view)]
 
 
 def _dot_general(eqn: JaxprEqn, values: list[Any]) -> list[Any] | None:
@@ -105,24 +105,33 @@ def _dot_general(eqn: JaxprEqn, values: list[Any]) -> list[Any] | None:
     aval = aval_of(eqn.outvars[0])
 
     # x -> [*lead, m, k]
-    x_batch = [batches[1 - side][i] for i in plan.batch]
-    x_contract = [contracts[1 - side][i] for i in plan.contract]
+    batch = list(batches[side])
+    x_batch = [batches[1 - side][batch.index(d)] for d in plan.lead if d in batch]
+    x_contract = [contracts[1 - side][list(contracts[side]).index(d)] for d in plan.contract]
     x_free = [d for d in range(x.ndim) if d not in x_batch and d not in x_contract]
-    lead = view.leaf_shape[: len(view.leaf_shape) - len(leaf.layout.shape)]
     m, k = (math.prod(x.shape[d] for d in dims) for dims in (x_free, x_contract))
-    operand = jnp.transpose(x, x_batch + x_free + x_contract).reshape(*lead, m, k)
+    own = [view.shape[d] if d in batch else 1 for d in plan.lead]  # 1: a lead axis x does not have
+    lead = [view.leaf_shape[a] for a in view.lead(leaf.layout)]
+    operand = jnp.transpose(x, x_batch + x_free + x_contract).reshape(*own, m, k)
+    operand = jnp.broadcast_to(operand, (*(view.shape[d] for d in plan.lead), m, k))
+    operand = operand.reshape(*lead, m, k)
     if view.dtype.itemsize > operand.dtype.itemsize:
         operand = operand.astype(view.dtype)
 
     def restore(y: Array) -> Array:
         """[*lead, m, n] -> the shape dot_general gives: batch, left free, right free."""
-        sizes = [x.shape[d] for d in x_batch + x_free] + [view.shape[d] for d in plan.free]
-        y = y.reshape(sizes)
-        nb, nx = len(x_batch), len(x_free)
-        batch = [plan.batch.index(i) for i in range(nb)]
-        xs = list(range(nb, nb + nx))
-        ws = [nb + nx + plan.free.index(d) for d in sorted(plan.free)]
-        return jnp.transpose(y, batch + (ws + xs if side == 0 else xs + ws))
+        w_dims = [*plan.lead, *plan.free]
+        y = y.reshape(
+            [view.shape[d] for d in plan.lead]
+            + [x.shape[d] for d in x_free]
+            + [view.shape[d] for d in plan.free]
+        )
+        n_lead, n_free = len(plan.lead), len(x_free)
+        place = {d: i + n_free * (i >= n_lead) for i, d in enumerate(w_dims)}
+        xs = list(range(n_lead, n_lead + n_free))
+        ws = [place[d] for d in sorted(w_dims) if d not in batch]
+        order = ws + xs if side == 0 else xs + ws
+        return jnp.transpose(y, [place[d] for d in batch] + order)
 
     base = leaf.base if isinstance(leaf, LoraArray) else leaf
     multiply: dict[str, Any] = dict(transpose=plan.transpose, dtype=aval.dtype)
@@ -139,8 +148,8 @@ def _dot_general(eqn: JaxprEqn, values: list[Any]) -> list[Any] | None:
 
 def _is_lead(weight: Weight, dim: int) -> bool:
     """Whether a dimension of the value is one of the weight's layer or expert axes."""
-    axes, ndim = weight.view.dims[dim], len(weight.view.leaf_shape)
-    return len(axes) == 1 and axes[0] + ndim < ndim - len(weight.leaf.layout.shape)
+    view = weight.view
+    return len(view.dims[dim]) == 1 and view.dims[dim][0] in view.lead(weight.leaf.layout)
 
 
 def _gather(eqn: JaxprEqn, values: list[Any]) -> list[Any] | None:
@@ -174,13 +183,21 @@ def _lookup(weight: Weight, dim: int, index: Array) -> Array | None:
     """Rows of the weight, `[*index.shape, cols]`; None if `dim` is not exactly its rows."""
     view, layout = weight.view, weight.leaf.layout
     rest = [d for d in range(len(view.dims)) if d != dim]
-    rows, cols = (
-        tuple(a for a in axes if view.leaf_shape[a] != 1)
-        for axes in (layout.out_axes, layout.in_axes)
-    )
-    if view.wide([dim]) != rows or view.wide(rest) != cols:
+    if view.wide([dim]) != view.parts(layout.out_axes):
+        return None
+    if view.wide(rest) != view.parts(layout.in_axes):
         return None
     return lookup(weight.leaf, jnp.clip(index, 0, layout.rows - 1), view.dtype)
+
+
+def _unstack(eqn: JaxprEqn, values: list[Any]) -> list[Any] | None:
+    """`for layer in stacked`: the weight of each layer."""
+    (weight,), dim = values, eqn.params["axis"]
+    if not _is_lead(weight, dim):
+        return None
+    view = take_view(weight.view, dim)
+    taken = [weight.take(weight.view.dims[dim][0], i) for i in range(len(eqn.outvars))]
+    return [Weight(w.leaf, view, w.path) for w in taken]
 
 
 def _stop_gradient(eqn: JaxprEqn, values: list[Any]) -> list[Any]:
@@ -202,4 +219,5 @@ _RULES = {
     lax.gather_p: _gather,
     lax.stop_gradient_p: _stop_gradient,
     lax.optimization_barrier_p: _barrier,
+    unstack_p: _unstack,
 }

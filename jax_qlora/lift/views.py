@@ -25,14 +25,17 @@ class View:
     """A rearrangement of a weight.
 
     Attributes:
-        leaf_shape: Shape of the weight, lead axes included.
+        leaf_shape: Shape of the weight, lead axes included. Where a reshape has cut an axis in
+            parts, each part is an axis of its own here.
         dims: For each dimension of the value, the axes of the weight merged in it, row-major.
         dtype: dtype the value has been cast to.
+        origin: For each axis here, the axis of the weight itself that it is a part of.
     """
 
     leaf_shape: tuple[int, ...]
     dims: tuple[tuple[int, ...], ...]
     dtype: Any
+    origin: tuple[int, ...]
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -47,17 +50,30 @@ class View:
         """The axes in some dimensions, in order, without those of size one."""
         return tuple(a for d in dims for a in self.dims[d] if self.leaf_shape[a] != 1)
 
+    def parts(self, axes: Sequence[int]) -> tuple[int, ...]:
+        """The axes here, wider than one, that are parts of some axes of the weight itself."""
+        ndim = len(self.leaf_shape)
+        found = (a for a in range(-ndim, 0) if self.origin[a] in axes and self.leaf_shape[a] != 1)
+        return tuple(found)
+
+    def lead(self, layout: KernelLayout) -> tuple[int, ...]:
+        """The layer and expert axes in front of a kernel."""
+        ndim, kernel = len(self.leaf_shape), len(layout.shape)
+        return tuple(a for a in range(-ndim, 0) if self.origin[a] < -kernel)
+
     def apply(self, dense: Array) -> Array:
         """The value itself, from the dense weight."""
-        order = [a + len(self.leaf_shape) for dim in self.dims for a in dim]
-        order += [a for a in range(dense.ndim) if a not in order]  # squeezed axes of size one
-        return jnp.transpose(dense, order).reshape(self.shape).astype(self.dtype)
+        ndim = len(self.leaf_shape)
+        order = [a + ndim for dim in self.dims for a in dim]
+        order += [a for a in range(ndim) if a not in order]  # squeezed axes of size one
+        value = jnp.transpose(dense.reshape(self.leaf_shape), order)
+        return value.reshape(self.shape).astype(self.dtype)
 
 
 def identity_view(shape: Sequence[int], dtype: Any) -> View:
     """The view of a weight as it is."""
-    ndim = len(shape)
-    return View(tuple(shape), tuple((a - ndim,) for a in range(ndim)), jnp.dtype(dtype))
+    axes = tuple(range(-len(shape), 0))
+    return View(tuple(shape), tuple((a,) for a in axes), jnp.dtype(dtype), axes)
 
 
 def step_view(eqn: JaxprEqn, view: View) -> View | None:
@@ -87,17 +103,35 @@ def _squeeze(eqn: JaxprEqn, view: View) -> View:
 
 
 def _reshape(eqn: JaxprEqn, view: View) -> View | None:
-    """Regroups the axes; None if a new dimension would cut through an axis."""
-    axes = list(view.wide(range(len(view.dims))))
-    dims = []
+    """Regroups the axes, cutting them where needed; None if they cannot be cut that way."""
+    axes = view.wide(range(len(view.dims)))
+    queue = [(a, view.leaf_shape[a]) for a in axes]
+    parts: dict[int, list[int]] = {a: [] for a in axes}  # sizes that each axis is cut into
+    dims: list[list[tuple[int, int]]] = []  # for each new dimension: which parts of which axes
     for size in eqn.params["new_sizes"]:
-        dim: list[int] = []
-        while view.size(dim) < size and axes:
-            dim.append(axes.pop(0))
-        if view.size(dim) != size:
+        dim: list[tuple[int, int]] = []
+        while size > 1 and queue:
+            axis, rest = queue.pop(0)
+            taken = math.gcd(size, rest)
+            if taken not in (size, rest):
+                return None
+            dim.append((axis, len(parts[axis])))
+            parts[axis].append(taken)
+            size //= taken
+            if taken < rest:
+                queue.insert(0, (axis, rest // taken))
+        if size != 1:
             return None
-        dims.append(tuple(dim))
-    return dataclasses.replace(view, dims=tuple(dims))
+        dims.append(dim)
+    every = range(-len(view.leaf_shape), 0)
+    pieces = [(a, i) for a in every for i in range(len(parts.get(a, "1")))]
+    number = {piece: n - len(pieces) for n, piece in enumerate(pieces)}
+    return View(
+        leaf_shape=tuple(parts[a][i] if a in parts else view.leaf_shape[a] for a, i in pieces),
+        dims=tuple(tuple(number[piece] for piece in dim) for dim in dims),
+        dtype=view.dtype,
+        origin=tuple(view.origin[a] for a, _ in pieces),
+    )
 
 
 def _slice(eqn: JaxprEqn, view: View) -> View | None:
@@ -153,38 +187,23 @@ def lead_slice(eqn: JaxprEqn, view: View) -> int | None:
 
 def drop_axis(view: View, axis: int) -> View:
     """The view after one index is taken from `axis`; the dimension it filled has size one."""
-    ndim = len(view.leaf_shape)
-    shape = view.leaf_shape[: axis + ndim] + view.leaf_shape[axis + ndim + 1 :]
+    position = axis + len(view.leaf_shape)
     dims = tuple(tuple(a + (a < axis) for a in dim if a != axis) for dim in view.dims)
-    return View(shape, dims, view.dtype)
+    shape, origin = (x[:position] + x[position + 1 :] for x in (view.leaf_shape, view.origin))
+    return View(shape, dims, view.dtype, origin)
 
 
 def scan_view(view: View) -> View | None:
     """The view inside a scan over the value's first dimension; None unless that is a lead axis."""
     if not view.dims or view.dims[0] != (-len(view.leaf_shape),):
         return None
-    inner = drop_axis(view, -len(view.leaf_shape))
-    return dataclasses.replace(inner, dims=inner.dims[1:])
+    return take_view(view, 0)
 
 
-class MatmulPlan(NamedTuple):
-    """A `dot_general` against a weight, as `[*lead, m, k] x [*lead, k, n]`.
-
-    Attributes:
-        transpose: The weight's rows are contracted, not its cols.
-        batch, contract: Positions in `dimension_numbers`, in the weight's own order.
-        free: Remaining dimensions of the value, in the weight's own order.
-    """
-
-    transpose: bool
-    batch: tuple[int, ...]
-    contract: tuple[int, ...]
-    free: tuple[int, ...]
-
-
-def _ordered(view: View, dims: Sequence[int]) -> list[int]:
-    """Positions of `dims` sorted by the axes they hold."""
-    return sorted(range(len(dims)), key=lambda i: (view.wide([dims[i]]) or (0,))[0])
+def take_view(view: View, dim: int) -> View:
+    """The view of one index along a dimension that is one axis of the weight."""
+    inner = drop_axis(view, view.dims[dim][0])
+    return dataclasses.replace(inner, dims=inner.dims[:dim] + inner.dims[dim + 1 :])
 
 
 def free_dims(view: View, batch: Sequence[int], contract: Sequence[int]) -> list[int]:
@@ -192,36 +211,45 @@ def free_dims(view: View, batch: Sequence[int], contract: Sequence[int]) -> list
     return [d for d in range(len(view.dims)) if d not in batch and d not in contract]
 
 
+class MatmulPlan(NamedTuple):
+    """A `dot_general` against a weight, as `[*lead, m, k] x [*lead, k, n]`.
+
+    Attributes:
+        transpose: The weight's rows are contracted, not its cols.
+        lead: Dimensions of the value that are lead axes, in the weight's own order. Those that the
+            other operand does not have (no batch dimensions) are copied over.
+        contract: Contracted dimensions of the value, in the weight's own order.
+        free: Remaining dimensions of the value, in the weight's own order.
+    """
+
+    transpose: bool
+    lead: tuple[int, ...]
+    contract: tuple[int, ...]
+    free: tuple[int, ...]
+
+
 def match_matmul(
     layout: KernelLayout, view: View, batch: Sequence[int], contract: Sequence[int]
 ) -> MatmulPlan | None:
     """Reads a `dot_general` as a matmul against a kernel; None if it is none.
 
-    The contracted dimensions must be exactly the kernel's cols (or rows: `transpose`), the batch
-    dimensions exactly its lead axes.
+    The contracted dimensions must be exactly the kernel's cols (or rows: `transpose`), and the
+    batch dimensions must be lead axes.
     """
-    ndim, kernel = len(view.leaf_shape), len(layout.shape)
-    free = free_dims(view, batch, contract)
-    orders = [_ordered(view, dims) for dims in (batch, contract, free)]
-    got = [
-        view.wide([dims[i] for i in order])
-        for dims, order in zip((batch, contract, free), orders, strict=True)
-    ]
 
-    def wide(axes: Sequence[int]) -> tuple[int, ...]:
-        return tuple(a for a in axes if view.leaf_shape[a] != 1)
+    def ordered(dims: Sequence[int]) -> tuple[int, ...]:
+        return tuple(sorted(dims, key=lambda d: (view.wide([d]) or (0,))[0]))
 
-    lead, ins, outs = wide(range(-ndim, -kernel)), wide(layout.in_axes), wide(layout.out_axes)
-    for transpose, (k, n) in enumerate(((ins, outs), (outs, ins))):
-        if got == [lead, k, n]:
-            sizes = (layout.rows, layout.cols) if transpose else (layout.cols, layout.rows)
-            if view.size([a for d in contract for a in view.dims[d]]) == sizes[0]:
-                return MatmulPlan(
-                    bool(transpose),
-                    tuple(orders[0]),
-                    tuple(orders[1]),
-                    tuple(free[i] for i in orders[2]),
-                )
+    leads = view.parts([view.origin[a] for a in view.lead(layout)])
+    spread = [d for d in range(len(view.dims)) if view.wide([d]) and view.wide([d])[0] in leads]
+    free = [d for d in free_dims(view, batch, contract) if d not in spread]
+    plan = ordered([*dict.fromkeys([*batch, *spread])]), ordered(contract), ordered(free)
+    got = [view.wide(dims) for dims in plan]
+    ins, outs = view.parts(layout.in_axes), view.parts(layout.out_axes)
+    if got == [leads, ins, outs]:
+        return MatmulPlan(False, *plan)
+    if got == [leads, outs, ins]:
+        return MatmulPlan(True, *plan)
     return None
 
 
@@ -260,8 +288,13 @@ def match_lookup(eqn: JaxprEqn, view: View) -> LookupPlan | None:
 def gathered_view(view: View, plan: LookupPlan, batch: Sequence[int]) -> View:
     """The view after a look-up along one axis of the weight, which becomes the axes `batch`."""
     (axis,) = view.dims[plan.dim]
-    ndim, grown = len(view.leaf_shape), len(batch) - 1
-    shape = (*view.leaf_shape[: axis + ndim], *batch, *view.leaf_shape[axis + ndim + 1 :])
+    position, grown = axis + len(view.leaf_shape), len(batch) - 1
+    shape = (*view.leaf_shape[:position], *batch, *view.leaf_shape[position + 1 :])
+    origin = (
+        *view.origin[:position],
+        *[view.origin[axis]] * len(batch),
+        *view.origin[position + 1 :],
+    )
     rest = [
         () if d == plan.dim else tuple(a - grown * (a < axis) for a in dim)
         for d, dim in enumerate(view.dims)
@@ -271,4 +304,4 @@ def gathered_view(view: View, plan: LookupPlan, batch: Sequence[int]) -> View:
     dims = [
         rest.pop(0) if d in plan.offset_dims else new.pop(0) for d in range(len(rest) + len(new))
     ]
-    return View(shape, tuple(dims), view.dtype)
+    return View(shape, tuple(dims), view.dtype, origin)

@@ -30,6 +30,14 @@ class Weight(Special):
         """The value itself: decodes and sums the whole weight."""
         return self.view.apply(materialize(self.leaf))
 
+    def under(self, view: View) -> "Weight":
+        """The same weight under a later view, its lead axes cut as the view cuts them."""
+        lead, leaf = self.view.lead(self.leaf.layout), self.leaf
+        if len(view.lead(leaf.layout)) != len(lead):
+            sizes = [view.leaf_shape[a] for a in view.lead(leaf.layout)]
+            leaf = jax.tree.map(lambda x: x.reshape(*sizes, *x.shape[len(lead) :]), leaf)
+        return Weight(leaf, view, self.path)
+
     def take(self, axis: int, index: Any) -> "Weight":
         """One index of a lead axis; every child of the leaf has the lead axes in front."""
         position = axis + len(self.view.leaf_shape)

@@ -29,7 +29,11 @@ class Metrics:
         write_text(path, "".join(map(_line, kept)))
 
     def add(self, **values: Any) -> Record:
-        """Append one record and return it; numbers that are not finite become null."""
+        """Append one record and return it; numbers that are not finite become null.
+
+        Raises:
+            InputError: The file cannot be written.
+        """
         self.records.append(values)
         try:
             with self.path.open("a", encoding="utf-8") as file:

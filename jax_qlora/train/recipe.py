@@ -267,12 +267,15 @@ def load(
 
 
 def check_room(run: Path, state: TrainState, *, keep: int) -> None:
-    """Raise `InputError` unless the disk has room for all that a run will write.
+    """Check that the disk has room for all that a run will write.
 
     Args:
         run: The run's directory; made when missing.
         state: What checkpoints hold.
         keep: Checkpoints kept; one more exists while it is written.
+
+    Raises:
+        InputError: Too little room, or the directory cannot be made.
     """
     try:
         run.mkdir(parents=True, exist_ok=True)

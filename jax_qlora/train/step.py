@@ -207,7 +207,7 @@ def _out_of_memory(shape: str, why: str) -> InputError:
 
 
 def check_finite(step: int, values: dict[str, Any], state: TrainState, config: Config) -> None:
-    """Raise `InputError` when the loss or its gradient is no longer a number.
+    """Check that the loss and its gradient are numbers.
 
     In float16 an overflow of the gradient is expected now and then: the step was skipped.
 
@@ -216,6 +216,9 @@ def check_finite(step: int, values: dict[str, Any], state: TrainState, config: C
         values: What it returned.
         state: The state after it.
         config: Settings, named in the advice.
+
+    Raises:
+        InputError: They are not.
     """
     loss, norm, scale = (
         float(np.asarray(x)) for x in (values["loss"], values["grad_norm"], state.loss_scale)

@@ -23,6 +23,11 @@ from tests.tiny import quantized, tiny_model
 MODELS = GOLDEN / "models"
 
 
+@pytest.fixture(scope="module")
+def tiny() -> Any:
+    return tiny_model()
+
+
 def raw(**changes: Any) -> dict[str, Any]:
     content = json.loads((MODELS / "llama" / "config.json").read_text())
     return {k: v for k, v in (content | changes).items() if v != "absent"}
@@ -161,8 +166,8 @@ def test_export_merges_layer_by_layer(tmp_path: Path):
     assert again.config == model.config
 
 
-def test_export_refuses_to_overwrite(tmp_path: Path):
-    model = tiny_model()
+def test_export_refuses_to_overwrite(tmp_path: Path, tiny: Any):
+    model = tiny
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(InputError, match="is in use: expected a new or an empty directory"):
         save_hf(tmp_path, model.params, model.config)
@@ -171,16 +176,16 @@ def test_export_refuses_to_overwrite(tmp_path: Path):
     save_hf(tmp_path / "empty", model.params, model.config)
 
 
-def test_export_of_weights_that_overflow_leaves_nothing(tmp_path: Path):
-    model = tiny_model()
+def test_export_of_weights_that_overflow_leaves_nothing(tmp_path: Path, tiny: Any):
+    model = tiny
     params = jax.tree.map(lambda x: x * 1e30, model.params)
     with pytest.raises(InputError, match="'.*' has values that are not finite in float16"):
         save_hf(tmp_path / "out", params, model.config, dtype=jnp.float16)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_export_of_other_parameters(tmp_path: Path):
-    model = tiny_model()
+def test_export_of_other_parameters(tmp_path: Path, tiny: Any):
+    model = tiny
     other = dataclasses.replace(model.config, d_ff=32)
     with pytest.raises(
         InputError, match=r"at 'layers/mlp/down_proj/kernel' expected \(3, 32, 32\)"
@@ -194,8 +199,8 @@ def test_export_of_other_parameters(tmp_path: Path):
         config_to_hf(biased, dtype="float32")
 
 
-def test_export_into_a_place_that_cannot_be(tmp_path: Path):
-    model = tiny_model()
+def test_export_into_a_place_that_cannot_be(tmp_path: Path, tiny: Any):
+    model = tiny
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="cannot be made"):
         save_hf(tmp_path / "file" / "out", model.params, model.config)

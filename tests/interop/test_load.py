@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -33,6 +34,7 @@ def reference(name: str, side: str = "") -> tuple[jax.Array, np.ndarray, np.ndar
     return jnp.array(ids, jnp.int32), mask, outputs[f"{name}/{side}logits"]
 
 
+@functools.cache
 def load(name: str, **settings: Any) -> Any:
     # None leaves what bitsandbytes has quantized alone only if it is not asked for
     quantization: dict[str, Any] = {} if "bnb" in name else {"quantization": None}
@@ -102,6 +104,7 @@ def test_quantizing_on_the_way_is_quantizing_afterwards(
 
 def test_chunks_that_overlap_change_nothing(monkeypatch: pytest.MonkeyPatch):
     want = load("llama_rope3_tied").params
+    load.cache_clear()
     monkeypatch.setattr(module, "_CHUNK", 64 * 37)  # 37 rows: divides no tensor
     assert_trees_close(load("llama_rope3_tied").params, want)
 

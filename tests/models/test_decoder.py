@@ -61,10 +61,9 @@ def test_parameters_have_the_names_and_shapes_of_the_checkpoint():
     assert tied["layers/self_attn/q_proj/bias"].shape == (3, 32)
 
 
-@pytest.mark.parametrize("biased", [False, True])
-def test_causality(biased: bool):
+def test_causality():
     """A token's logits do not depend on later embeddings, and do on earlier ones."""
-    m = model(dataclasses.replace(BIASED, tied=False) if biased else TINY)
+    m = model(dataclasses.replace(BIASED, tied=False))
 
     def logits_at(table: jax.Array, position: int) -> jax.Array:
         params = m.params | {"embed_tokens": {"embedding": table}}
