@@ -73,7 +73,7 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any], *, where: str = "GGUF metad
             f"{where}: expected tokenizer.ggml.tokens and .merges, and one .token_type a token. "
             "The file holds no complete tokenizer; use the model's Hugging Face directory."
         )
-    tokenizer = Tokenizer(
+    tokenizer: Any = Tokenizer(
         models.BPE(
             vocab={token: i for i, token in enumerate(tokens)},
             merges=[_pair(merge) for merge in merges],

@@ -21,7 +21,7 @@ def random_base(params: Any, targets: jq.Targets, **settings: Any) -> Any:
     def fill(abstract: Any, given: Any) -> Any:
         if not isinstance(abstract, jq.QuantizedArray):
             return given
-        parts = {"codes": rng.integers(0, 256, abstract.codes.shape, np.uint8)}
+        parts: dict[str, Any] = {"codes": rng.integers(0, 256, abstract.codes.shape, np.uint8)}
         if abstract.absmax_scale is None or abstract.absmax_offset is None:
             parts["absmax"] = rng.uniform(0.2, 0.4, abstract.absmax.shape).astype(np.float32)
         else:

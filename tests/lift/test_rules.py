@@ -2,6 +2,7 @@
 """What happens to a weight in a function: rules, permissions, refusals."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,7 @@ Q = jq.quantize_array(W)
 DENSE = jq.dequantize(Q)
 
 
-def run(f, w=Q, x=X):
+def run(f, w: Any = Q, x=X):
     return jq.lift(f)({"w": w}, x)
 
 

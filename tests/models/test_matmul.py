@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jax_qlora._compat import aval_of
 from jax_qlora.models.matmul import matmul
 
 from ..helpers import assert_trees_close
@@ -44,4 +45,4 @@ def test_no_matmul_of_the_backward_widens_an_operand(key: jax.Array):
     jaxpr = jax.make_jaxpr(jax.grad(lambda x, y: jnp.sum(matmul(x, y)), (0, 1)))(x, y)
     dots = [eqn for eqn in jaxpr.jaxpr.eqns if eqn.primitive.name == "dot_general"]
     assert len(dots) == 3
-    assert all(v.aval.dtype == jnp.bfloat16 for eqn in dots for v in eqn.invars)
+    assert all(aval_of(v).dtype == jnp.bfloat16 for eqn in dots for v in eqn.invars)

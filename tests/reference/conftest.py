@@ -37,7 +37,7 @@ def checkpoint(torch: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     import transformers
 
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(
+    settings: dict[str, Any] = dict(
         hidden_size=128,
         intermediate_size=192,
         num_hidden_layers=3,
@@ -49,6 +49,7 @@ def checkpoint(torch: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
         attn_implementation="eager",
     )
     path = tmp_path_factory.mktemp("model")
+    config = transformers.LlamaConfig(**settings)
     transformers.LlamaForCausalLM(config).save_pretrained(path)
     return path
 

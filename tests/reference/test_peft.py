@@ -123,7 +123,7 @@ def test_an_adapter_of_peft_trains_on_here(
     )
     model = peft.get_peft_model(theirs(), config)
     model.save_pretrained(tmp_path / "theirs")
-    adapter = jq.load_adapter(tmp_path / "theirs", ours)
+    adapter: Any = jq.load_adapter(tmp_path / "theirs", ours)
 
     optimizer = adamw(1e-3, weight_decay=0.01)
     state = optimizer.init(adapter)
