@@ -23,7 +23,7 @@ from .. import checkpoint
 from ..config import Config, check_config, run_identity, to_toml
 from ..errors import InputError
 from ..evaluate import Batch, answer_loss, assemble, held_out_batches, held_out_loss
-from ..interop.load import load_model
+from ..interop.load import load_model, training_compute_dtype
 from ..lift import find_targets, lift
 from ..lora import Targets, init_adapter, summary
 from ..models import DecoderConfig, Model, abstract_params, decoder_functions
@@ -118,6 +118,7 @@ def train(config: Config, *, console: Console | None = None) -> Result:
         # Resume, if this very run has been here before.
         identity = run_identity(config) | {
             "weights": checkpoint.fingerprint((trainable, frozen)),
+            "compute_dtype": jnp.dtype(model.compute_dtype).name,
             "examples": checkpoint.fingerprint([example.tokens for example in data.train]),
         }
         if found := checkpoint.restore(saved, state, identity=identity):
@@ -212,7 +213,10 @@ def train(config: Config, *, console: Console | None = None) -> Result:
                     f"'{saved}'. The same command resumes from there."
                 )
                 return Result(step=int(state.step), interrupted=number, figures={})
-        about = {"system_prompt": system_prompt(data)}
+        about = {
+            "system_prompt": system_prompt(data),
+            "compute_dtype": jnp.dtype(model.compute_dtype).name,
+        }
         figures = finish(config, model, state.trainable, metrics.records, answers, about, show)
         return Result(step=total, interrupted=0, figures=figures)
 
@@ -245,7 +249,7 @@ def load(
         quantization=config.quant.format if config.method == "qlora" else None,
         block_size=config.quant.block_size,
         double_quant=config.quant.double_quant,
-        compute_dtype=None if dtype == "auto" else dtype,
+        compute_dtype=training_compute_dtype() if dtype == "auto" else dtype,
         remat=config.train.remat,
     )
     if targets is None:
