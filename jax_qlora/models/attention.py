@@ -34,19 +34,25 @@ def default_positions(
 
 
 def attention_mask_of(
-    valid: Bool[Array, "batch seq"], segment_ids: Int[Array, "batch seq"] | None = None
+    valid: Bool[Array, "batch seq"],
+    segment_ids: Int[Array, "batch seq"] | None = None,
+    *,
+    window: int | Int[Array, ""] | None = None,
 ) -> Bool[Array, "batch seq seq"]:
     """Say which keys each query sees: not later, not padding, and of the same document.
 
     Args:
         valid: Which tokens are not padding.
         segment_ids: Which document each token belongs to, in a packed row.
+        window: How many tokens back a query sees, itself included; None: all.
 
     Returns:
         True where query (axis 1) may attend to key (axis 2).
     """
     seq = valid.shape[1]
-    mask = jnp.tril(jnp.ones((1, seq, seq), jnp.bool_)) & valid[:, None, :]
+    back = jnp.arange(seq)[:, None] - jnp.arange(seq)[None, :]
+    mask = (back >= 0) if window is None else (back >= 0) & (back < window)
+    mask = mask[None] & valid[:, None, :]
     if segment_ids is not None:
         mask &= segment_ids[:, :, None] == segment_ids[:, None, :]
     return mask
@@ -67,6 +73,8 @@ def grouped_query_attention(
     k: Float[Array, "batch n_kv_heads keys head_dim"],
     v: Float[Array, "batch n_kv_heads keys head_dim"],
     mask: Bool[Array, "batch queries keys"],
+    *,
+    softcap: float | None = None,
 ) -> Float[Array, "batch queries n_heads head_dim"]:
     """Attend, each key/value head serving `n_heads / n_kv_heads` query heads.
 
@@ -76,6 +84,7 @@ def grouped_query_attention(
         k: Keys, heads before positions.
         v: Values, likewise.
         mask: Which keys each query sees.
+        softcap: Bound of the scores, `softcap * tanh(scores / softcap)`; None: unbounded.
 
     Returns:
         The attended values, in the dtype of `q`. Scores and softmax are float32.
@@ -87,6 +96,8 @@ def grouped_query_attention(
     q = jnp.moveaxis(q.reshape(batch, queries, n_kv, group, head_dim), 1, 3)
     q = q.reshape(batch * n_kv, group * queries, head_dim)
     scores = matmul(q, k.reshape(batch * n_kv, keys, head_dim), y_axis=-1) * scale
+    if softcap is not None:
+        scores = softcap * jnp.tanh(scores / softcap)
     scores = scores.reshape(batch, n_kv, group, queries, keys)
     scores = jnp.where(mask[:, None, None], scores, MASKED)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)

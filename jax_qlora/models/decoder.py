@@ -14,12 +14,8 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from ..typing import Array, Bool, Float, Int
-from .attention import (
-    as_valid,
-    attention_mask_of,
-    default_positions,
-    grouped_query_attention,
-)
+from .attention import as_valid, default_positions, grouped_query_attention
+from .blockwise_attention import blockwise_attention
 from .config import DecoderConfig
 from .layers import LINEAR_OUTPUT, Embed, Linear, RMSNorm, economical, swiglu
 from .matmul import matmul
@@ -46,10 +42,20 @@ class Cache(NamedTuple):
 
 
 class _Context(NamedTuple):
-    """What all layers share: rotations, and who sees whom."""
+    """What all layers share: rotations, and who sees whom.
+
+    Attributes:
+        angles: Cosines and sines of the rotations.
+        valid: Bool `[batch, seq]`: which tokens are not padding.
+        segment_ids: int `[batch, seq]`: the document of each token, or None.
+        mask: Bool `[batch, seq, slots]`, with caches, instead of those two: the slots that each
+            token sees.
+    """
 
     angles: tuple[Array, Array]
-    mask: Array
+    valid: Array | None = None
+    segment_ids: Array | None = None
+    mask: Array | None = None
 
 
 class _Caches(NamedTuple):
@@ -90,7 +96,12 @@ class Attention(nnx.Module):
         k = rotate(self.k_proj(rows).reshape(heads), context.angles)
         v = self.v_proj(rows).reshape(heads)
         k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
-        if caches is not None:
+        scale = self.config.head_dim**-0.5
+        if caches is None:
+            assert context.valid is not None
+            out = blockwise_attention(scale, q, k, v, context.valid, context.segment_ids)
+        else:
+            assert context.mask is not None
             layer = caches.layer
             # one array for all layers, which the loop carries and updates in place
             at = (layer, 0, 0, caches.slot, 0)
@@ -99,10 +110,8 @@ class Attention(nnx.Module):
             caches = _Caches(all_k, all_v, layer + 1, caches.slot)
             k = lax.dynamic_index_in_dim(all_k, layer, keepdims=False)
             v = lax.dynamic_index_in_dim(all_v, layer, keepdims=False)
-        scale = self.config.head_dim**-0.5
-        attend = economical(grouped_query_attention)
-        out = attend(scale, q, k, v, context.mask).reshape(rows.shape[0], -1)
-        return self.o_proj(out).reshape(x.shape), caches
+            out = economical(grouped_query_attention)(scale, q, k, v, context.mask)
+        return self.o_proj(out.reshape(rows.shape[0], -1)).reshape(x.shape), caches
 
 
 class MLP(nnx.Module):
@@ -182,8 +191,7 @@ class Decoder(nnx.Module):
         valid = as_valid(attention_mask, tokens)
         if positions is None:
             positions = default_positions(valid, segment_ids)
-        mask = attention_mask_of(valid, segment_ids)
-        context = _Context(rope_angles(self.config, positions), mask)
+        context = _Context(rope_angles(self.config, positions), valid, segment_ids)
 
         def body(layer: Layer, x: Array, context: _Context) -> Array:
             return layer(x, context, None)[0]
@@ -217,7 +225,7 @@ class Decoder(nnx.Module):
         end = cache.length + tokens.shape[1]
         all_valid = lax.dynamic_update_slice(cache.valid, valid, (0, cache.length))
         mask = cache_mask(all_valid, cache.length, tokens.shape[1])
-        context = _Context(rope_angles(self.config, positions), mask)
+        context = _Context(rope_angles(self.config, positions), mask=mask)
 
         def body(layer: Layer, carry: tuple, context: _Context) -> tuple:
             x, caches = carry

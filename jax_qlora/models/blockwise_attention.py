@@ -1,0 +1,349 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Causal attention in memory linear in the sequence: scores exist one block at a time.
+
+FlashAttention as plain XLA. Queries and keys are cut into blocks; a loop over query blocks holds a
+loop over the key blocks that they see, with a running softmax. What is kept for the backward is the
+output and one logarithm for each query; the backward computes each block of scores again.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from ..typing import Array, Bool, Float, Int
+from .attention import MASKED, attention_mask_of, grouped_query_attention
+from .layers import economical
+
+CPU_BLOCK = (128, 128)
+"""Queries and keys of one block on a CPU: its scores stay in the cache."""
+
+BLOCK = (512, 1024)
+"""The same on an accelerator, where one step of a loop must be worth starting."""
+
+_NO_KEY_YET = 0.1 * MASKED
+"""The running maximum before the first key: no score is as low, and `exp(MASKED - it)` is 0."""
+
+
+class _Tokens(NamedTuple):
+    """What decides, beside their order, which tokens see which."""
+
+    valid: Array
+    segment_ids: Array | None
+    window: Array | None
+
+
+class _Settings(NamedTuple):
+    """All that is static."""
+
+    scale: float
+    softcap: float | None
+    q_block: int
+    k_block: int
+
+
+class _Platforms(NamedTuple):
+    """Settings on a CPU, and elsewhere."""
+
+    cpu: _Settings
+    default: _Settings
+
+    def run(self, f: Callable, *arrays: Any) -> Any:
+        """`f(settings, *arrays)` with the settings of the platform it is compiled for."""
+        if self.cpu == self.default:
+            return f(self.cpu, *arrays)
+        cpu, default = partial(f, self.cpu), partial(f, self.default)
+        return lax.platform_dependent(*arrays, cpu=cpu, default=default)
+
+
+class _Keys(NamedTuple):
+    """Keys and values in blocks.
+
+    `k` and `v` are `[blocks, batch * n_kv_heads, k_block, head_dim]`, the others
+    `[blocks, batch, k_block]`.
+    """
+
+    k: Array
+    v: Array
+    valid: Array
+    segment_ids: Array | None
+
+
+def blockwise_attention(
+    scale: float,
+    q: Float[Array, "batch seq n_heads head_dim"],
+    k: Float[Array, "batch n_kv_heads seq head_dim"],
+    v: Float[Array, "batch n_kv_heads seq head_dim"],
+    valid: Bool[Array, "batch seq"],
+    segment_ids: Int[Array, "batch seq"] | None = None,
+    *,
+    window: int | Int[Array, ""] | None = None,
+    softcap: float | None = None,
+    block: tuple[int, int] | None = None,
+) -> Float[Array, "batch seq n_heads head_dim"]:
+    """Attend causally, each key/value head serving `n_heads / n_kv_heads` query heads.
+
+    Memory is that of the arguments and the result, and of a few float32 blocks of scores,
+    `[batch, n_heads, q_block, k_block]`. A block that lies wholly in the future, or before the
+    window, is not computed. The derivative is reverse mode's, once.
+
+    A sequence no longer than `CPU_BLOCK` is left to `grouped_query_attention`.
+
+    Args:
+        scale: Factor of the scores.
+        q: Queries.
+        k: Keys, heads before positions.
+        v: Values, likewise.
+        valid: Which tokens are not padding, which may be on either side. A query that sees no key
+            gets zeros, and passes no gradient on.
+        segment_ids: Which document each token belongs to, in a packed row; None: one document.
+        window: How many tokens back a query sees, itself included; None: all.
+        softcap: Bound of the scores, `softcap * tanh(scores / softcap)`; None: unbounded.
+        block: Queries and keys of one block, at most; None: what suits the platform.
+
+    Returns:
+        The attended values, in the dtype of `q`. Scores, softmax and all sums are float32.
+
+    References:
+        Rabe and Staats, Self-attention Does Not Need O(n^2) Memory (arXiv 2112.05682).
+        Dao et al., FlashAttention (arXiv 2205.14135), Algorithms 1 and 4.
+    """
+    seq = q.shape[1]
+    tokens = _Tokens(valid, segment_ids, None if window is None else jnp.int32(window))
+    if seq <= max(block or CPU_BLOCK):
+        return economical(partial(_plain, softcap=softcap))(scale, q, k, v, tokens)
+
+    def settings(block: tuple[int, int]) -> _Settings:
+        return _Settings(scale, softcap, _even(seq, block[0]), _even(seq, block[1]))
+
+    platforms = _Platforms(settings(block or CPU_BLOCK), settings(block or BLOCK))
+    return _blockwise(platforms, q, k, v, tokens)
+
+
+def _plain(
+    scale: float, q: Array, k: Array, v: Array, tokens: _Tokens, *, softcap: float | None
+) -> Array:
+    mask = attention_mask_of(tokens.valid, tokens.segment_ids, window=tokens.window)
+    return grouped_query_attention(scale, q, k, v, mask, softcap=softcap)
+
+
+def _even(seq: int, block: int) -> int:
+    """The least block, a multiple of 16, that cuts the sequence into no more blocks."""
+    blocks = -(-seq // block)
+    return min(block, -(-seq // (16 * blocks)) * 16)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _blockwise(platforms: _Platforms, q: Array, k: Array, v: Array, tokens: _Tokens) -> Array:
+    return platforms.run(_forward, q, k, v, tokens)[0]
+
+
+def _blockwise_fwd(
+    platforms: _Platforms, q: Array, k: Array, v: Array, tokens: _Tokens
+) -> tuple[Array, tuple]:
+    out, lse = platforms.run(_forward, q, k, v, tokens)
+    return out, (q, k, v, tokens, out, lse)
+
+
+def _blockwise_bwd(platforms: _Platforms, residuals: tuple, dout: Array) -> tuple:
+    return *platforms.run(_backward, *residuals, dout), None
+
+
+_blockwise.defvjp(_blockwise_fwd, _blockwise_bwd)
+
+
+def _forward(
+    settings: _Settings, q: Array, k: Array, v: Array, tokens: _Tokens
+) -> tuple[Array, Array]:
+    """The output, and of each query the logarithm of its sum of `exp(score)`.
+
+    The logarithms are `[batch, seq, n_heads, 1]`.
+    """
+    keys = _cut_keys(settings, k, v, tokens)
+
+    def attend(_: None, item: tuple) -> tuple[None, tuple]:
+        index, segments, q = item
+
+        def add(block: Array, state: tuple) -> tuple:
+            top, total, out = state
+            near = _at(keys, block)
+            visible = _visible(settings, index, block, segments, near, tokens.window)
+            scores = _hide(_scores(settings, q, near.k), visible)
+            new_top = jnp.maximum(top, jnp.max(scores, axis=-1, keepdims=True))
+            shrink, weights = jnp.exp(top - new_top), jnp.exp(scores - new_top)
+            total = shrink * total + jnp.sum(weights, axis=-1, keepdims=True)
+            out = shrink * out + _dot("bqk,bkd->bqd", weights.astype(q.dtype), near.v)
+            return new_top, total, out
+
+        zero = jnp.zeros((*q.shape[:2], 1), jnp.float32)
+        init = (zero + _NO_KEY_YET, zero, jnp.zeros(q.shape, jnp.float32))
+        first, end = _seen(settings, index, keys, tokens.window)
+        top, total, out = lax.fori_loop(first, end, add, init)
+        empty = total == 0
+        total = jnp.where(empty, 1.0, total)
+        return None, ((out / total).astype(q.dtype), jnp.where(empty, 0.0, top + jnp.log(total)))
+
+    items = (*_numbered(settings, q.shape[1], tokens), _cut_queries(settings, q, k.shape[1]))
+    _, blocks = lax.scan(attend, None, items)
+    out, lse = (_join_queries(settings, x, q) for x in blocks)
+    return out, lse
+
+
+def _backward(
+    settings: _Settings,
+    q: Array,
+    k: Array,
+    v: Array,
+    tokens: _Tokens,
+    out: Array,
+    lse: Array,
+    dout: Array,
+) -> tuple[Array, Array, Array]:
+    keys = _cut_keys(settings, k, v, tokens)
+    # the derivative of a softmax subtracts the mean of the cotangents under its weights
+    mean = jnp.sum(dout.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)
+
+    def attend(grads: tuple, item: tuple) -> tuple[tuple, Array]:
+        index, segments, q, dout, lse, mean = item
+
+        def add(block: Array, state: tuple) -> tuple:
+            dq, dk, dv = state
+            near = _at(keys, block)
+            visible = _visible(settings, index, block, segments, near, tokens.window)
+            scores = _scores(settings, q, near.k)
+            weights = jnp.exp(_hide(scores, visible) - lse)
+            dscores = weights * (_dot("bqd,bkd->bqk", dout, near.v) - mean)
+            if settings.softcap is not None:
+                dscores = dscores * (1 - (scores / settings.softcap) ** 2)
+            # in the operands' dtype, as in `matmul`
+            dscores = (dscores * settings.scale).astype(q.dtype)
+            dq = dq + _dot("bqk,bkd->bqd", dscores, near.k)
+            dk = _add_at(dk, block, _dot("bqk,bqd->bkd", dscores, q))
+            dv = _add_at(dv, block, _dot("bqk,bqd->bkd", weights.astype(q.dtype), dout))
+            return dq, dk, dv
+
+        first, end = _seen(settings, index, keys, tokens.window)
+        dq, dk, dv = lax.fori_loop(first, end, add, (jnp.zeros(q.shape, jnp.float32), *grads))
+        return (dk, dv), dq.astype(q.dtype)
+
+    by_query = (_cut_queries(settings, x, k.shape[1]) for x in (q, dout, lse, mean))
+    zero = jnp.zeros(keys.k.shape, jnp.float32)
+    items = (*_numbered(settings, q.shape[1], tokens), *by_query)
+    (dk, dv), dq = lax.scan(attend, (zero, zero), items)
+    return _join_queries(settings, dq, q), _join_keys(dk, k), _join_keys(dv, v)
+
+
+def _dot(equation: str, x: Array, y: Array) -> Array:
+    return jnp.einsum(equation, x, y, preferred_element_type=jnp.float32)
+
+
+def _scores(settings: _Settings, q: Array, k: Array) -> Array:
+    scores = _dot("bqd,bkd->bqk", q, k) * settings.scale
+    if settings.softcap is not None:
+        scores = settings.softcap * jnp.tanh(scores / settings.softcap)
+    return scores
+
+
+def _visible(
+    settings: _Settings,
+    index: Array,
+    block: Array,
+    segments: Array | None,
+    keys: _Keys,
+    window: Array | None,
+) -> Array:
+    """Which keys of a block each query of block `index` sees: `[batch, q_block, k_block]`."""
+    query = index * settings.q_block + jnp.arange(settings.q_block, dtype=jnp.int32)
+    key = block * settings.k_block + jnp.arange(settings.k_block, dtype=jnp.int32)
+    back = query[:, None] - key[None, :]
+    seen = back >= 0
+    if window is not None:
+        seen &= back < window
+    seen = seen[None] & keys.valid[:, None, :]
+    if segments is not None and keys.segment_ids is not None:
+        seen &= segments[:, :, None] == keys.segment_ids[:, None, :]
+    return seen
+
+
+def _seen(
+    settings: _Settings, index: Array, keys: _Keys, window: Array | None
+) -> tuple[Array, Array]:
+    """The first key block of which query block `index` may see some, and the end."""
+    start = index * settings.q_block
+    end = (start + settings.q_block - 1) // settings.k_block + 1
+    first = jnp.int32(0)
+    if window is not None:
+        first = jnp.maximum(start - window + 1, 0) // settings.k_block
+    return first, jnp.minimum(end, keys.k.shape[0])
+
+
+def _hide(scores: Array, visible: Array) -> Array:
+    """Put `MASKED` for pairs that may not attend: the same in all heads of a row."""
+    batch, queries, keys = visible.shape
+    by_row = scores.reshape(batch, -1, queries, keys)
+    return jnp.where(visible[:, None], by_row, MASKED).reshape(scores.shape)
+
+
+def _at(keys: _Keys, block: Array) -> _Keys:
+    return jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, block, keepdims=False), keys)
+
+
+def _add_at(blocks: Array, index: Array, x: Array) -> Array:
+    old = lax.dynamic_index_in_dim(blocks, index, keepdims=False)
+    return lax.dynamic_update_index_in_dim(blocks, old + x, index, 0)
+
+
+def _cut(x: Array, axis: int, block: int) -> Array:
+    """Cut an axis into blocks, the last filled up with zeros; the axis of blocks goes in front."""
+    blocks = -(-x.shape[axis] // block)
+    padding = [(0, 0)] * x.ndim
+    padding[axis] = (0, blocks * block - x.shape[axis])
+    x = jnp.pad(x, padding)
+    x = x.reshape(*x.shape[:axis], blocks, block, *x.shape[axis + 1 :])
+    return jnp.moveaxis(x, axis, 0)
+
+
+def _numbered(settings: _Settings, seq: int, tokens: _Tokens) -> tuple[Array, Array | None]:
+    """For a scan over query blocks: their numbers, and the documents of their tokens."""
+    numbers = jnp.arange(-(-seq // settings.q_block), dtype=jnp.int32)
+    segments = tokens.segment_ids
+    return numbers, None if segments is None else _cut(segments, 1, settings.q_block)
+
+
+def _cut_keys(settings: _Settings, k: Array, v: Array, tokens: _Tokens) -> _Keys:
+    block, segments = settings.k_block, tokens.segment_ids
+    return _Keys(
+        k=_cut(k.reshape(-1, *k.shape[2:]), 1, block),
+        v=_cut(v.reshape(-1, *v.shape[2:]), 1, block),
+        valid=_cut(tokens.valid, 1, block),
+        segment_ids=None if segments is None else _cut(segments, 1, block),
+    )
+
+
+def _join_keys(blocks: Array, like: Array) -> Array:
+    x = jnp.moveaxis(blocks, 0, 1)
+    x = x.reshape(*like.shape[:2], -1, like.shape[-1])[:, :, : like.shape[2]]
+    return x.astype(like.dtype)
+
+
+def _cut_queries(settings: _Settings, x: Array, n_kv: int) -> Array:
+    """`[batch, seq, heads, d]` as `[blocks, batch * n_kv, group * q_block, d]`.
+
+    So all query heads that share a key/value head are the rows of one matmul.
+    """
+    x = _cut(x, 1, settings.q_block)
+    blocks, batch, block, heads, d = x.shape
+    x = x.reshape(blocks, batch, block, n_kv, heads // n_kv, d)
+    return jnp.moveaxis(x, 2, 4).reshape(blocks, batch * n_kv, -1, d)
+
+
+def _join_queries(settings: _Settings, blocks: Array, like: Array) -> Array:
+    """Undo `_cut_queries`; batch, seq and heads are those of `like`."""
+    batch, seq, heads = like.shape[:3]
+    d = blocks.shape[-1]
+    x = blocks.reshape(-1, batch, heads, settings.q_block, d)
+    x = jnp.transpose(x, (1, 0, 3, 2, 4)).reshape(batch, -1, heads, d)
+    return x[:, :seq]

@@ -1,0 +1,254 @@
+# SPDX-License-Identifier: Apache-2.0
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jax_qlora as jq
+from jax_qlora._compat import aval_of
+from jax_qlora.models import decoder, decoder_functions
+from jax_qlora.models.attention import attention_mask_of, grouped_query_attention
+from jax_qlora.models.blockwise_attention import BLOCK, CPU_BLOCK, blockwise_attention
+from jax_qlora.models.presets import TINY
+
+from ..helpers import assert_trees_close, normal
+from ..lift.walk import equations
+from ..tiny import quantized, tiny_model
+
+ROWS, SEQ, HEAD_DIM, SCALE = 2, 37, 8, 0.4
+
+
+def valid_of(left: int = 0, right: int = 0, seq: int = SEQ) -> jax.Array:
+    """All tokens but those of the first row's padding."""
+    place = np.arange(seq)
+    padded = np.stack([(place >= left) & (place < seq - right), np.ones(seq, bool)])
+    return jnp.asarray(padded)
+
+
+SEGMENTS = jnp.asarray(np.stack([np.repeat([0, 1, 2], [5, 20, 12]), np.repeat([3, -1], [30, 7])]))
+
+CASES: dict[str, dict[str, Any]] = {
+    "causal": {},
+    "right padding": {"valid": valid_of(right=9)},
+    "left padding": {"valid": valid_of(left=11)},
+    "packed": {"segment_ids": SEGMENTS, "valid": valid_of(left=2, right=3)},
+    "window": {"window": 5},
+    "window of one": {"window": 1, "valid": valid_of(right=9)},
+    "softcap": {"softcap": 1.5},
+    "all": {
+        "segment_ids": SEGMENTS,
+        "valid": valid_of(left=2, right=3),
+        "window": 9,
+        "softcap": 1.5,
+    },
+}
+
+
+def qkv(heads: int = 4, kv_heads: int = 2, seq: int = SEQ, dtype: Any = np.float32) -> tuple:
+    """Queries, keys, values, and a cotangent of the output."""
+    q, dout = (normal((ROWS, seq, heads, HEAD_DIM), i, dtype) for i in (0, 3))
+    k, v = (normal((ROWS, kv_heads, seq, HEAD_DIM), i, dtype) for i in (1, 2))
+    return q, k, v, dout
+
+
+def dense(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    valid: jax.Array,
+    segment_ids: jax.Array | None = None,
+    *,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> jax.Array:
+    """Attention by its definition; a query that sees no key gets zeros."""
+    k, v = (jnp.repeat(x, q.shape[2] // k.shape[1], axis=1) for x in (k, v))
+    scores = SCALE * jnp.einsum("bqhd,bhkd->bhqk", q, k)
+    if softcap is not None:
+        scores = softcap * jnp.tanh(scores / softcap)
+    row = np.arange(q.shape[1])
+    seen = (row[:, None] >= row[None]) & (row[:, None] - row[None] < (window or row.size))
+    seen = jnp.asarray(seen)[None] & valid[:, None, :]
+    if segment_ids is not None:
+        seen = seen & (segment_ids[:, :, None] == segment_ids[:, None, :])
+    seen = seen[:, None]
+    weights = jnp.where(seen, jnp.exp(jnp.where(seen, scores, 0.0)), 0.0)
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    return jnp.einsum("bhqk,bhkd->bqhd", weights / jnp.where(total == 0, 1.0, total), v)
+
+
+def with_gradients(attend: Any, q: jax.Array, k: jax.Array, v: jax.Array, dout: jax.Array) -> Any:
+    out, pull = jax.vjp(attend, q, k, v)
+    return out, pull(dout)
+
+
+def check(inputs: tuple, *, tolerance: float, block: Any, valid: Any = None, **case: Any) -> Any:
+    """Values and gradients against the definition in float32; returns what was found."""
+    q, k, v, dout = inputs
+    valid = valid_of(seq=q.shape[1]) if valid is None else valid
+
+    @jax.jit
+    def both(*inputs: jax.Array) -> tuple:
+        blockwise = functools.partial(blockwise_attention, SCALE, valid=valid, block=block, **case)
+        reference = functools.partial(dense, valid=valid, **case)
+        wide = [x.astype(jnp.float32) for x in inputs]
+        return with_gradients(blockwise, *inputs), with_gradients(reference, *wide)
+
+    got, want = both(q, k, v, dout)
+    assert got[0].dtype == q.dtype and all(x.dtype == q.dtype for x in got[1])
+    assert_trees_close(got, want, rtol=tolerance, atol=tolerance)
+    return got
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_values_and_gradients(case: str):
+    check(qkv(), tolerance=1e-5, block=(8, 16), **CASES[case])
+
+
+@pytest.mark.parametrize("block", [(16, 8), (8, 8), (32, 32), (36, 36), None])
+def test_any_block(block: tuple[int, int] | None):
+    """Also blocks that straddle the end of the sequence, or leave one token over."""
+    if block is not None:
+        check(qkv(), tolerance=1e-5, block=block, **CASES["all"])
+    else:
+        check(qkv(seq=300), tolerance=1e-5, block=None, window=200)
+
+
+@pytest.mark.parametrize("heads", [(2, 2), (6, 2), (3, 1)])
+def test_any_grouping_of_heads(heads: tuple[int, int]):
+    check(qkv(*heads), tolerance=1e-5, block=(8, 16), **CASES["packed"])
+
+
+@pytest.mark.parametrize("case", ["causal", "all"])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_half_precision(case: str, dtype: Any):
+    check(qkv(dtype=dtype), tolerance=2e-2, block=(8, 16), **CASES[case])
+
+
+@pytest.mark.parametrize("case", ["packed", "window", "softcap"])
+def test_a_short_sequence_is_left_to_the_plain_function(case: str):
+    q, k, v, dout = qkv()
+    options = {"valid": valid_of(), **CASES[case]}
+    mask = attention_mask_of(
+        options["valid"], options.get("segment_ids"), window=options.get("window")
+    )
+    softcap = options.get("softcap")
+    got = blockwise_attention(SCALE, q, k, v, **options)
+    want = grouped_query_attention(SCALE, q, k, v, mask, softcap=softcap)
+    np.testing.assert_array_equal(got, want)
+    if case != "packed":  # a query that sees no key is another's business there
+        check((q, k, v, dout), tolerance=1e-5, block=None, **options)
+
+
+def test_a_query_that_sees_no_key():
+    """Zeros, and no gradient through it, however large its scores and cotangent."""
+    q, k, v, dout = qkv()
+    valid = valid_of(left=11)
+    padding = ~valid[:, :, None, None]
+    q, dout = (jnp.where(padding, 1e4, x) for x in (q, dout))
+    attend = functools.partial(blockwise_attention, SCALE, valid=valid, block=(8, 8))
+    out, (dq, dk, dv) = jax.jit(functools.partial(with_gradients, attend))(q, k, v, dout)
+    assert all(bool(jnp.all(jnp.isfinite(x))) for x in (out, dq, dk, dv))
+    assert not jnp.any(out[0, :11]) and not jnp.any(dq[0, :11])
+    assert not jnp.any(dk[0, :, :11]) and not jnp.any(dv[0, :, :11])
+    without = jax.jit(functools.partial(with_gradients, attend))(
+        q, k, v, jnp.where(padding, 0.0, dout)
+    )
+    assert_trees_close((out, (dq, dk, dv)), without)
+
+
+def test_vmap_scan_and_checkpoint():
+    """Two layers of attention, each over a batch axis of its own, one window for each layer."""
+    q, k, v, dout = qkv()
+
+    def layers(attend: Any, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        def body(x: jax.Array, window: jax.Array) -> tuple[jax.Array, None]:
+            one = functools.partial(attend, window=window)
+            return jax.vmap(one)(x[:, None], k[:, None], v[:, None])[:, 0], None
+
+        body = jax.checkpoint(body, prevent_cse=False)
+        return jax.lax.scan(body, q, jnp.asarray([7, 20]))[0]
+
+    valid = valid_of()[:1]
+
+    def blockwise(q: jax.Array, k: jax.Array, v: jax.Array, *, window: jax.Array) -> jax.Array:
+        return blockwise_attention(SCALE, q, k, v, valid, window=window, block=(8, 16))
+
+    def plain(q: jax.Array, k: jax.Array, v: jax.Array, *, window: jax.Array) -> jax.Array:
+        mask = attention_mask_of(valid, window=window)
+        return grouped_query_attention(SCALE, q, k, v, mask)
+
+    got, want = (
+        jax.jit(functools.partial(with_gradients, functools.partial(layers, attend)))(q, k, v, dout)
+        for attend in (blockwise, plain)
+    )
+    assert_trees_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+def largest(f: Any, *args: Any) -> int:
+    """Elements of the largest value that `f` computes."""
+    shapes = [aval_of(v).shape for e in equations(jax.make_jaxpr(f)(*args)) for v in e.outvars]
+    return max(int(np.prod(shape)) for shape in shapes)
+
+
+def test_no_value_grows_with_the_square_of_the_sequence():
+    def gradients(block: Any, seq: int, softcap: float | None = None) -> int:
+        inputs = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in qkv(2, 1, seq)]
+        valid, segments = jnp.ones((ROWS, seq), bool), jnp.zeros((ROWS, seq), int)
+        attend = functools.partial(
+            blockwise_attention, SCALE, valid=valid, segment_ids=segments, block=block
+        )
+        return largest(functools.partial(with_gradients, attend), *inputs)
+
+    seq = 2**15
+    linear = ROWS * 2 * seq * HEAD_DIM
+    assert gradients((64, 64), seq) == linear
+    assert gradients(None, seq) == ROWS * 2 * BLOCK[0] * BLOCK[1] < seq * seq
+    assert gradients((seq, seq), seq) >= seq * seq  # the walk sees it where it is
+
+
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+def test_a_decoder_is_the_same_with_either(remat: str, monkeypatch: pytest.MonkeyPatch):
+    """Logits and an adapter's gradients over a 4-bit base, of a padded and packed batch."""
+    model = tiny_model()
+    base, adapter = quantized(model)
+    apply = jq.lift(decoder_functions(TINY, remat=remat).apply)
+    tokens = jax.random.randint(jax.random.key(2), (ROWS, SEQ), 3, TINY.vocab_size)
+    valid = valid_of(right=4)
+
+    def loss(adapter: Any) -> tuple[jax.Array, jax.Array]:
+        params = jq.attach(base, adapter)
+        logits = apply(params, tokens, attention_mask=valid, segment_ids=SEGMENTS)
+        return jnp.mean(jnp.where(valid[..., None], logits, 0.0) ** 2), logits
+
+    def run() -> Any:
+        jax.clear_caches()  # nothing that was traced with the other
+        return jax.jit(jax.value_and_grad(loss, has_aux=True))(adapter)
+
+    (want, want_logits), want_grads = run()
+    blockwise = functools.partial(blockwise_attention, block=(8, 16))
+    monkeypatch.setattr(decoder, "blockwise_attention", blockwise)
+    (got, got_logits), got_grads = run()
+    assert SEQ < min(CPU_BLOCK)
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+    shown = np.asarray(valid)
+    np.testing.assert_allclose(
+        np.asarray(got_logits)[shown], np.asarray(want_logits)[shown], rtol=1e-4, atol=1e-4
+    )
+    assert_trees_close(got_grads, want_grads, rtol=1e-3, atol=1e-5)
+
+
+def test_a_long_sequence_in_a_lifted_decoder():
+    """What a training step of 4-bit weights computes holds no scores of the whole sequence."""
+    model = tiny_model(max_length=2**15)
+    base, adapter = quantized(model)
+    seq = 2**14
+
+    def loss(adapter: Any, tokens: jax.Array) -> jax.Array:
+        return jnp.mean(model.hidden(jq.attach(base, adapter), tokens) ** 2)
+
+    tokens = jax.ShapeDtypeStruct((1, seq), jnp.int32)
+    assert largest(jax.grad(loss), adapter, tokens) < seq * seq / 16
