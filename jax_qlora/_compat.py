@@ -8,6 +8,8 @@ go.
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 from jax.extend.core.primitives import (
@@ -28,6 +30,7 @@ __all__ = [
     "Var",
     "aval_of",
     "bind_eqn",
+    "compiles_transfers",
     "cond_p",
     "custom_jvp_call_p",
     "custom_vjp_call_p",
@@ -39,6 +42,10 @@ __all__ = [
     "unstack_p",
     "while_p",
 ]
+
+# XLA of jax 0.10 decodes 4-bit codes inside a vector-matrix product, ten times slower than
+# before it; a second row of zeros makes it a matmul. Remove when 0.11 is the oldest supported.
+SLOW_VECTOR_MATRIX = jax.__version_info__ < (0, 11)
 
 # How `for layer in stacked` is traced since jax 0.11; before, as slices. Plain when 0.11 is oldest.
 unstack_p: Any = getattr(lax, "unstack_p", None)
@@ -89,3 +96,21 @@ def scan_parts(eqn: JaxprEqn) -> ScanParts:
         return ScanParts(eqn.params["num_consts"], eqn.params["num_carry"])
     consts, carry, _ = eqn.params["ft_in"].update(range(len(eqn.invars))).unpack()
     return ScanParts(len(list(consts)), len(list(carry)))
+
+
+def compiles_transfers(device: Any, host: Any) -> bool:
+    """Whether compiled code can copy between the memories of two shardings and back.
+
+    jax 0.10's CPU backend lists the memory kind "pinned_host" and cannot compile a copy to it;
+    jax 0.12's can. Returns True without asking when 0.12 is the oldest supported.
+    """
+
+    def there_and_back(x: Any) -> Any:
+        return jax.device_put(jax.device_put(x, device) + jnp.float32(1), host)
+
+    x = jax.ShapeDtypeStruct((8,), jnp.float32, sharding=host)
+    try:
+        jax.jit(there_and_back, out_shardings=host).lower(x).compile()
+    except jax.errors.JaxRuntimeError:
+        return False
+    return True

@@ -313,8 +313,11 @@ def block_constants(q: QuantizedArray) -> Float[Array, "*lead rows blocks"]:
     """The float32 constant of each block, double quantization undone."""
     if q.absmax_scale is None or q.absmax_offset is None:
         return q.absmax
-    lead, flat = q.lead, q.absmax.reshape(math.prod(q.lead), -1)
     restore = functools.partial(dequantize_absmax, group_size=q.group_size)
+    if not q.lead:
+        absmax = restore(q.absmax.reshape(-1), q.absmax_scale, q.absmax_offset)
+        return absmax.reshape(q.absmax.shape)
+    lead, flat = q.lead, q.absmax.reshape(math.prod(q.lead), -1)
     scale = q.absmax_scale.reshape(flat.shape[0], -1)
     offset = jnp.reshape(q.absmax_offset, flat.shape[0])
     absmax = jax.vmap(restore)(flat, scale, offset)

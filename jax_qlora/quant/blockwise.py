@@ -88,41 +88,50 @@ def dequantize_blockwise(
     dtype: Any = jnp.float32,
 ) -> Float[Array, "*lead cols"]:
     """`level[code] * absmax` in float32, then cast; the padding of a short last block is kept."""
-    values = pair_table(format)[packed]  # [..., packed, 2]: one look-up decodes a byte
+    values = jnp.asarray(pair_table(format))[packed]  # [..., packed, 2]: one look-up decodes a byte
     blocks = values.reshape(*absmax.shape, block_size)
     out = (blocks * absmax[..., None]).astype(dtype)
     return out.reshape(*packed.shape[:-1], packed.shape[-1] * 2)
 
 
-def pair_table(format: str) -> Float32[Array, "256 2"]:
+def pair_table(format: str) -> Float32[np.ndarray, "256 2"]:
     """The two levels that each packed byte stands for."""
     levels = CODEBOOKS[format].levels
     byte = np.arange(256)
-    return jnp.asarray(np.stack([levels[byte >> 4], levels[byte & 0xF]], axis=-1))
+    return np.stack([levels[byte >> 4], levels[byte & 0xF]], axis=-1)
 
 
 def dequantize_planes(
     packed: UInt8[Array, "rows packed"],
     absmax: Float32[Array, "rows blocks"],
+    planes: tuple[int, ...] = (0, 1),
     *,
     format: str = "nf4",
     block_size: int = 64,
     dtype: Any = jnp.float32,
-) -> tuple[Float[Array, "rows packed"], Float[Array, "rows packed"]]:
-    """The even and the odd columns of `dequantize_blockwise`, for a matmul on a CPU.
+) -> Float[Array, "rows planes packed"]:
+    """The even (0) and the odd (1) columns of `dequantize_blockwise`, for a matmul on a CPU.
 
     Kept apart they are looked up and scaled as fast as memory goes; interleaving the two nibbles
     of each byte, as `dequantize_blockwise` does, is scalar code and 3 times slower.
     """
     rows, blocks = absmax.shape
-    scale = jnp.broadcast_to(absmax[..., None], (rows, blocks, block_size // 2))
-    scale = scale.reshape(packed.shape)
-    table = pair_table(format)
+    shape = (rows, len(planes), packed.shape[1])
+    table = pair_table(format).T[list(planes)].reshape(-1)
+    place = lax.broadcasted_iota(jnp.uint16, shape, 1) * jnp.uint16(256)
+    index = lax.broadcast_in_dim(packed.astype(jnp.uint16), shape, (0, 2)) + place
+    scale = lax.broadcast_in_dim(absmax, (rows, blocks, block_size // 2), (0, 1))
+    scale = lax.broadcast_in_dim(scale.reshape(packed.shape), shape, (0, 2))
+    return (_look_up(jnp.asarray(table), index) * scale).astype(dtype)
 
-    def level(plane: int) -> Array:
-        return table[:, plane].at[packed].get(mode="promise_in_bounds")  # a byte is in bounds
 
-    return (level(0) * scale).astype(dtype), (level(1) * scale).astype(dtype)
+def _look_up(table: Array, index: Array) -> Array:
+    """`table[index]` for indices that are in bounds; less to trace than jax's indexing."""
+    numbers = lax.GatherDimensionNumbers(
+        offset_dims=(), collapsed_slice_dims=(0,), start_index_map=(0,)
+    )
+    index = lax.expand_dims(index.astype(jnp.int32), (index.ndim,))
+    return lax.gather(table, index, numbers, (1,), mode="promise_in_bounds")
 
 
 def quantize_absmax(
@@ -154,8 +163,9 @@ def dequantize_absmax(
     group_size: int = GROUP_SIZE,
 ) -> Float32[Array, " blocks"]:
     """Inverse of `quantize_absmax` up to its rounding: `map[code] * scale + offset`."""
-    values = pad_to_multiple(jnp.asarray(DYNAMIC_MAP)[codes], group_size).reshape(-1, group_size)
+    spread = lax.broadcast_in_dim(scale, (*scale.shape, group_size), (0,)).reshape(-1)
+    values = _look_up(jnp.asarray(DYNAMIC_MAP), codes)
     # the clip changes no finite value; it keeps the compiler from fusing multiply and add into one
     # rounding, so that the result is the reference's to the bit
-    scaled = jnp.clip(values * scale[:, None], -_F32_MAX, _F32_MAX)
-    return scaled.reshape(-1)[: codes.shape[0]] + offset
+    scaled = values * lax.slice_in_dim(spread, 0, codes.shape[0])
+    return lax.clamp(jnp.float32(-_F32_MAX), scaled, jnp.float32(_F32_MAX)) + offset

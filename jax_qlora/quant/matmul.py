@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from .._compat import SLOW_VECTOR_MATRIX
 from ..typing import Array, Float
 from .array import QuantizedArray, block_constants, dequantize_rows
 from .blockwise import dequantize_planes
@@ -22,6 +23,7 @@ from .blockwise import dequantize_planes
 # up to the first in one piece, a larger one in tiles of the second (8 MiB in float32)
 _PIECE_ELEMENTS = 3 << 20
 _TILE_ELEMENTS = 2 << 20
+_FEW_ROWS = 8  # of x: a product with so few is bound by memory, and runs on one core
 
 
 def accumulator(dtype: Any) -> Any:
@@ -90,6 +92,8 @@ def _product(x: Array, q: QuantizedArray, transpose: bool, dtype: Any) -> Array:
 
 
 def _whole(x: Array, q: QuantizedArray, *, transpose: bool, dtype: Any) -> Array:
+    # decoded when x is there, not before: one kernel at a time is dense, not a layer's worth
+    x, q = lax.optimization_barrier((x, q))
     w = dequantize_rows(q, x.dtype)
     return dot(x, w, 1, 0 if transpose else 1, dtype)
 
@@ -97,48 +101,66 @@ def _whole(x: Array, q: QuantizedArray, *, transpose: bool, dtype: Any) -> Array
 def _tiled(x: Array, q: QuantizedArray, *, transpose: bool, dtype: Any) -> Array:
     """One tile of rows at a time: decode, multiply, discard.
 
-    Even and odd columns of the kernel are decoded and multiplied apart (`dequantize_planes`).
+    The columns are in the order of `dequantize_planes`, even before odd. For a few rows of x the
+    two halves are products of their own, which run side by side; one matmul is less to compile.
     """
     rows, cols, width = q.layout.rows, q.layout.cols, q.codes.shape[1]
-    elements = 2 * width * rows
-    tile = rows if elements <= _PIECE_ELEMENTS else max(1, _TILE_ELEMENTS // (2 * width))
+    tile = rows if 2 * width * rows <= _PIECE_ELEMENTS else max(1, _TILE_ELEMENTS // (2 * width))
     whole = rows // tile * tile
-    absmax = block_constants(q)
-    decode = functools.partial(
-        dequantize_planes, format=q.format, block_size=q.block_size, dtype=x.dtype
-    )
+    absmax = lax.optimization_barrier(block_constants(q))  # once, not again in each plane
     acc = accumulator(x.dtype)
+    halves = ((0,), (1,)) if x.shape[0] <= _FEW_ROWS else ((0, 1),)
+
+    def decode(codes: Array, absmax: Array, planes: tuple[int, ...]) -> Array:
+        values = dequantize_planes(
+            codes, absmax, planes, format=q.format, block_size=q.block_size, dtype=x.dtype
+        )
+        return values.reshape(codes.shape[0], -1)
 
     def cut(a: Array) -> Array:
         return a[:whole].reshape(-1, tile, a.shape[1])
 
     tiles = (cut(q.codes), cut(absmax))
     rest = (q.codes[whole:], absmax[whole:])
+    if transpose and x.shape[0] == 1 and SLOW_VECTOR_MATRIX:
+        return _tiled(jnp.pad(x, ((0, 1), (0, 0))), q, transpose=True, dtype=dtype)[:1]
     if not transpose:
-        x = jnp.pad(x, ((0, 0), (0, 2 * width - cols)))
-        even, odd = x[:, 0::2], x[:, 1::2]
+        if cols < 2 * width:
+            x = jnp.pad(x, ((0, 0), (0, 2 * width - cols)))
+        pairs = lax.transpose(x.reshape(-1, width, 2), (0, 2, 1))
+        parts = [pairs[:, planes[0] : planes[-1] + 1].reshape(-1, len(planes) * width)
+                 for planes in halves]  # fmt: skip
 
         def multiply(codes: Array, absmax: Array) -> Array:
-            w_even, w_odd = decode(codes, absmax)
-            return (dot(even, w_even, 1, 1, acc) + dot(odd, w_odd, 1, 1, acc)).astype(dtype)
+            products = [
+                dot(part, decode(codes, absmax, planes), 1, 1, acc)
+                for part, planes in zip(parts, halves, strict=True)
+            ]
+            return functools.reduce(jnp.add, products).astype(dtype)
 
         if whole == tile:
             y = multiply(q.codes[:tile], absmax[:tile])
         else:
             _, y = lax.scan(lambda _, t: (None, multiply(*t)), None, tiles)
-            y = jnp.moveaxis(y, 0, 1).reshape(x.shape[0], whole)
+            y = lax.transpose(y, (1, 0, 2)).reshape(x.shape[0], whole)
         return jnp.concatenate([y, multiply(*rest)], axis=1) if whole < rows else y
 
-    def add(total: tuple[Array, Array], start: Array | int, codes: Array, absmax: Array) -> Any:
-        w_even, w_odd = decode(codes, absmax)
+    def add(totals: list[Array], start: Array | int, codes: Array, absmax: Array) -> list[Array]:
         # sliced here: cutting x.T up beforehand makes the products a tenth slower
         part = lax.dynamic_slice_in_dim(x, start, codes.shape[0], axis=1)
-        even, odd = total
-        return even + dot(part, w_even, 1, 0, acc), odd + dot(part, w_odd, 1, 0, acc)
+        return [
+            total + dot(part, decode(codes, absmax, planes), 1, 0, acc)
+            for total, planes in zip(totals, halves, strict=True)
+        ]
 
-    zero = jnp.zeros((x.shape[0], width), acc)
-    starts = jnp.arange(0, whole, tile, dtype=jnp.int32)
-    total, _ = lax.scan(lambda t, c: (add(t, *c), None), (zero, zero), (starts, *tiles))
+    totals = [jnp.zeros((x.shape[0], len(planes) * width), acc) for planes in halves]
+    if whole == tile:
+        totals = add(totals, 0, q.codes[:tile], absmax[:tile])
+    else:
+        starts = jnp.arange(0, whole, tile, dtype=jnp.int32)
+        totals, _ = lax.scan(lambda t, c: (add(t, *c), None), totals, (starts, *tiles))
     if whole < rows:
-        total = add(total, whole, *rest)
-    return jnp.stack(total, axis=-1).reshape(x.shape[0], 2 * width)[:, :cols].astype(dtype)
+        totals = add(totals, whole, *rest)
+    pairs = jnp.concatenate(totals, axis=1) if len(totals) > 1 else totals[0]
+    y = lax.transpose(pairs.reshape(-1, 2, width), (0, 2, 1)).reshape(-1, 2 * width)
+    return y[:, :cols].astype(dtype)
