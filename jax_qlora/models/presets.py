@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Shapes of published models, for benchmarks, memory estimates and tests; no weights."""
 
+from dataclasses import replace
+
 from .config import DecoderConfig, RopeScaling
 
 TINY = DecoderConfig(
@@ -78,11 +80,24 @@ LLAMA_2_7B = DecoderConfig(
     eos_token_ids=(2,),
 )
 
+LLAMA_2_13B = replace(LLAMA_2_7B, d_model=5120, d_ff=13_824, n_layers=40, n_heads=40, n_kv_heads=40)
+LLAMA_33B = replace(
+    LLAMA_2_7B, d_model=6656, d_ff=17_920, n_layers=60, n_heads=52, n_kv_heads=52, max_length=2048
+)
+LLAMA_65B = replace(
+    LLAMA_2_7B, d_model=8192, d_ff=22_016, n_layers=80, n_heads=64, n_kv_heads=64, max_length=2048
+)
+LLAMA_3_1_70B = replace(LLAMA_3_1_8B, d_model=8192, d_ff=28_672, n_layers=80, n_heads=64)
+
 PRESETS = {
     "tiny": TINY,
     "smollm2-135m": SMOLLM2_135M,
     "llama-3.2-1b": LLAMA_3_2_1B,
     "llama-3.1-8b": LLAMA_3_1_8B,
+    "llama-3.1-70b": LLAMA_3_1_70B,
     "llama-2-7b": LLAMA_2_7B,
+    "llama-2-13b": LLAMA_2_13B,
+    "llama-33b": LLAMA_33B,
+    "llama-65b": LLAMA_65B,
 }
 """The shapes above by name."""

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The training step of a run as a function of shapes: nothing is read, nothing is allocated."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ..config import Config
+from ..lift import lift
+from ..lora import init_adapter, quantize
+from ..models import DecoderConfig, Model, abstract_params, decoder_functions
+from ..optim import Paging
+from ..train.recipe import find_decoder_targets, make_optimizer
+from ..train.step import Step, init_state, make_step
+from ..tree import map_with_path
+from ..typing import PyTree
+
+
+class Run(NamedTuple):
+    """A training step and the shapes of its arguments.
+
+    Attributes:
+        step: `(state, frozen, batch) -> (state, values)`, the trainer's own.
+        state: A `TrainState` of shapes.
+        frozen: The base as shapes; None where every weight trains.
+        batch: Tokens and masks as shapes.
+    """
+
+    step: Step
+    state: Any
+    frozen: PyTree | None
+    batch: dict[str, Any]
+
+
+def abstract_run(
+    decoder: DecoderConfig,
+    config: Config,
+    *,
+    seq: int,
+    half: bool = False,
+    paging: Paging | None = None,
+) -> Run:
+    """The step that `train` would run, on shapes.
+
+    Args:
+        decoder: The model's shape.
+        config: Settings of the run; every token counts as an answer's.
+        seq: Tokens of a row.
+        half: Compute in float16 with a loss scale, as on cards without bfloat16.
+        paging: How the optimizer's state moves; absent: it stays on the device.
+    """
+    dtype = jnp.float16 if half else jnp.bfloat16
+    functions = decoder_functions(decoder, compute_dtype=dtype, remat=config.train.remat)
+    model = Model(
+        config=decoder, params=None, functions=functions.map(lift), compute_dtype=dtype
+    )
+
+    def stored(path: str, x: Any) -> Any:
+        """Norms are float32, all else is held as checkpoints are, in 16 bits."""
+        return jax.ShapeDtypeStruct(x.shape, jnp.float32 if path.endswith("scale") else dtype)
+
+    params = map_with_path(stored, abstract_params(decoder))
+    if config.method == "full":
+        frozen = None
+        trainable = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), params)
+    else:
+        targets, lora, quant = find_decoder_targets(decoder, config), config.lora, config.quant
+        frozen = params
+        if config.method == "qlora":
+            frozen = jax.eval_shape(
+                lambda p: quantize(
+                    p,
+                    targets,
+                    format=quant.format,
+                    block_size=quant.block_size,
+                    double_quant=quant.double_quant,
+                ),
+                params,
+            )
+        trainable = jax.eval_shape(
+            lambda key: init_adapter(
+                key,
+                targets,
+                rank=lora.rank,
+                alpha=lora.alpha,
+                dropout=lora.dropout,
+                rslora=lora.rslora,
+                rank_pattern=lora.rank_pattern,
+                alpha_pattern=lora.alpha_pattern,
+            ),
+            jax.random.key(0),
+        )
+    optimizer, _ = make_optimizer(config.optim, config.train.steps)
+    step = make_step(model, optimizer, config, width=seq - 1, half=half, paging=paging)
+    state = jax.eval_shape(lambda t: init_state(t, optimizer, half=half), trainable)
+    shape = (config.train.accumulate, config.train.batch_size, seq)
+    masks = {
+        name: jax.ShapeDtypeStruct(shape, jnp.bool_) for name in ("loss_mask", "attention_mask")
+    }
+    batch = {"tokens": jax.ShapeDtypeStruct(shape, jnp.int32), **masks}
+    return Run(step=step, state=state, frozen=frozen, batch=batch)

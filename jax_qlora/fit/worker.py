@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The planner's process: `python -m jax_qlora.fit.worker` compiles one case from standard input.
+
+A process of its own, because compiling for a GPU that is not there needs jax started with the CPU
+alone, and because a compiler that fails may take its process with it.
+"""
+
+import contextlib
+import json
+import sys
+import time
+from dataclasses import asdict
+from typing import Any
+
+import jax
+
+from ..config import Config, from_table
+from ..models import DecoderConfig, RopeScaling
+from ..optim import page_between
+from ..tree import nbytes
+from .compiler import Placed, describe_device, place, plan
+from .gpus import Gpu
+from .shapes import Run, abstract_run
+
+
+def compile_case(
+    decoder: DecoderConfig, config: Config, gpu: Gpu, *, seq: int
+) -> tuple[dict[str, Any], Any]:
+    """Compiles the training step for a card; returns bytes of each part, and the executable."""
+    target = describe_device(gpu)
+    device, host = Placed(target, "device"), Placed(target, "pinned_host")
+    paged = config.optim.placement == "host"
+    paging = page_between(device, host) if paged else None
+    run = abstract_run(decoder, config, seq=seq, half=gpu.half, paging=paging)
+
+    def moments(x: Any) -> Any:
+        return place(x, host if x.ndim else device)
+
+    state = place(run.state, device)
+    if paged:
+        state = state._replace(optimizer=jax.tree.map(moments, run.state.optimizer))
+    options: dict[str, Any] = {}
+    if paged:
+        values = {"loss": device, "grad_norm": device}
+        options["out_shardings"] = (jax.tree.map(lambda x: x.sharding, state), values)
+    step = jax.jit(run.step, donate_argnums=0, **options)
+    frozen, batch = place(run.frozen, device), place(run.batch, device)
+    began = time.monotonic()
+    planned, compiled = plan(step.lower(state, frozen, batch))
+    figures = {
+        **held(run),
+        "device_bytes": planned.device,
+        "host_bytes": planned.host,
+        "temporaries": planned.temporaries + planned.outputs,
+        "seconds": round(time.monotonic() - began, 1),
+        "jax": jax.__version__,
+    }
+    return figures, compiled
+
+
+def held(run: Run) -> dict[str, int]:
+    """Bytes of what a run holds between steps, by part."""
+    constants = 0
+    for x in jax.tree.leaves(run.frozen, is_leaf=lambda x: hasattr(x, "absmax")):
+        if hasattr(x, "absmax"):
+            constants += nbytes((x.absmax, x.absmax_scale, x.absmax_offset))
+    return {
+        "base": nbytes(run.frozen) - constants,
+        "constants": constants,
+        "trainable": nbytes(run.state.trainable),
+        "optimizer": nbytes(run.state.optimizer),
+        "batch": nbytes(run.batch),
+    }
+
+
+def main() -> int:
+    """Reads one case as JSON, answers in one line of JSON."""
+    case = json.load(sys.stdin)
+    decoder = decoder_from_json(case["decoder"])
+    config = from_table(case["config"], where="settings")
+    gpu = Gpu(**{**case["gpu"], "capability": tuple(case["gpu"]["capability"])})
+    with contextlib.redirect_stdout(sys.stderr):
+        figures, compiled = compile_case(decoder, config, gpu, seq=case["seq"])
+    if case.get("hlo"):
+        with open(case["hlo"], "w", encoding="utf-8") as file:
+            file.write(compiled.as_text())
+    print(json.dumps(figures))
+    return 0
+
+
+def decoder_to_json(decoder: DecoderConfig) -> dict[str, Any]:
+    """A model's shape as plain values."""
+    return asdict(decoder)
+
+
+def decoder_from_json(values: dict[str, Any]) -> DecoderConfig:
+    """Inverse of `decoder_to_json`."""
+    scaling = values.get("rope_scaling")
+    return DecoderConfig(
+        **{
+            **values,
+            "rope_scaling": RopeScaling(**scaling) if scaling else None,
+            "eos_token_ids": tuple(values["eos_token_ids"]),
+        }
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
