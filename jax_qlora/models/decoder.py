@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
 from ..typing import Array, Bool, Float, Int
@@ -21,8 +22,12 @@ from .layers import LINEAR_OUTPUT, Embed, Linear, RMSNorm, economical, swiglu
 from .matmul import matmul
 from .rope import rope_angles, rotate
 
-Remat = Literal["none", "dots", "full"]
-"""What the backward recomputes of a layer: nothing, all but the linears' outputs, or everything."""
+Remat = Literal["none", "dots", "full", "offload"]
+"""What the backward recomputes of a layer: nothing, all but the linears' outputs, or everything;
+"offload" is "full" with the inputs of layers waiting in host memory."""
+
+LAYER_INPUT = "layer_input"
+"""Name of the residual stream at the start of a layer, for the policy that moves exactly that."""
 
 
 class Cache(NamedTuple):
@@ -194,7 +199,7 @@ class Decoder(nnx.Module):
         context = _Context(rope_angles(self.config, positions), valid, segment_ids)
 
         def body(layer: Layer, x: Array, context: _Context) -> Array:
-            return layer(x, context, None)[0]
+            return layer(checkpoint_name(x, LAYER_INPUT), context, None)[0]
 
         if self.remat != "none":
             # inside a scan nothing can be shared between forward and backward anyway
@@ -257,6 +262,12 @@ def cache_mask(
 
 
 def _policy(remat: Remat):
-    if remat == "full":
-        return None
-    return jax.checkpoint_policies.save_only_these_names(LINEAR_OUTPUT)
+    policies = jax.checkpoint_policies
+    if remat == "offload":
+        return policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=[],
+            names_which_can_be_offloaded=[LAYER_INPUT],
+            offload_src="device",
+            offload_dst="pinned_host",
+        )
+    return None if remat == "full" else policies.save_only_these_names(LINEAR_OUTPUT)
