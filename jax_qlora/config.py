@@ -115,6 +115,12 @@ class OptimConfig:
     """Added to the root of the second moment."""
     clip_norm: NotNegative = 1.0
     """Largest global norm of the gradient; 0 turns clipping off."""
+    state: Literal["float32", "bfloat16", "8bit"] = "float32"
+    """How the two moments are held between steps: 8, 4 or 2.03 bytes a trained parameter. With
+    "8bit", matrices of fewer than 4096 elements stay float32."""
+    placement: Literal["device", "host"] = "device"
+    """Where the moments live: "host" keeps them in the host's memory, and every step copies them to
+    the device and back (QLoRA's paged optimizer)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,9 +135,9 @@ class TrainConfig:
     """Batches that make one optimizer step; the loss is averaged over all their answer tokens."""
     compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type of the matmuls; "auto" is the fastest that the device is known to do well."""
-    remat: Literal["none", "dots", "full"] = "none"
+    remat: Literal["none", "dots", "full", "offload"] = "none"
     """What the backward computes again to save memory: nothing, all but the outputs of linears, or
-    everything but the input of each layer."""
+    everything but the input of each layer; "offload" also keeps these inputs in host memory."""
     loss_chunk: Count = 1024
     """Answer tokens whose logits exist at once."""
     checkpoint_every: Count = 50
@@ -179,7 +185,13 @@ class Config:
 
 
 # Settings that leave the weights of every step as they are: a run may resume with other values.
-_OBSERVING = ("output", "train.checkpoint_every", "train.keep_checkpoints", "eval.")
+_OBSERVING = (
+    "output",
+    "optim.placement",
+    "train.checkpoint_every",
+    "train.keep_checkpoints",
+    "eval.",
+)
 
 
 def load_config(path: str | Path) -> Config:

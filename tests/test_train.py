@@ -22,7 +22,7 @@ from jax_qlora.data.batches import make_batch
 from jax_qlora.data.encode import Encoded
 from jax_qlora.errors import InputError
 from jax_qlora.models import Model
-from jax_qlora.optim import adamw
+from jax_qlora.optim import adamw, make_paging
 from jax_qlora.report import Display, Metrics, read_metrics
 from jax_qlora.train import init_state, make_step, recipe, train
 from jax_qlora.train.examples import load_data
@@ -34,6 +34,9 @@ from .helpers import GOLDEN, ROOT, assert_trees_close, golden
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 LLAMA = GOLDEN / "models" / "llama"
+needs_host = pytest.mark.skipif(
+    jax.__version_info__ < (0, 12), reason="jax 0.10 compiles no copies to host memory on a CPU"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -195,6 +198,62 @@ def test_float16_scales_the_loss_and_skips_overflow(targets):
     assert float(state.loss_scale) == 2.0**11 and int(state.good_steps) == 6
 
 
+@needs_host
+def test_a_skipped_step_leaves_paged_moments_alone(targets):
+    model = jq.load_model(LLAMA, quantization=None, compute_dtype="float16")
+    adapter = jq.init_adapter(jax.random.key(1), targets, rank=2)
+    optimizer, paging = adamw(1e-2), make_paging("host")
+    start = init_state(adapter, optimizer, half=True, paging=paging)
+    assert {x.sharding.memory_kind for x in jax.tree.leaves(start.optimizer) if x.ndim} == {
+        "pinned_host"
+    }
+    with Display(Console(file=io.StringIO())) as show:
+        step = make_step(model, optimizer, Config(), width=7, half=True, paging=paging)
+        steps = CompiledSteps(step, model.params, show)
+        state, _ = steps(jax.tree.map(jnp.copy, start), parts(1))
+        moved = jax.tree.map(np.asarray, state)
+        assert np.any(moved.trainable["layers/self_attn/q_proj/kernel"].b)
+        state = state._replace(loss_scale=jnp.float32(2.0**40))
+        state, values = steps(state, parts(1))
+    assert not np.isfinite(float(values["grad_norm"]))
+    assert_trees_close(state.optimizer, moved.optimizer)
+    places = [[x.sharding for x in jax.tree.leaves(tree)] for tree in (state, start)]
+    assert places[0] == places[1]
+
+
+@pytest.mark.parametrize("placement", ["device", pytest.param("host", marks=needs_host)])
+@pytest.mark.parametrize("form", ["bfloat16", "8bit"])
+def test_every_form_of_the_optimizer_learns_and_resumes(llama, targets, tmp_path, form, placement):
+    """Through a checkpoint, to the same bits, and the moments come back to where they live."""
+    config = from_table({"optim": {"state": form, "placement": placement, "learning_rate": 2e-3}})
+    optimizer, _ = recipe.make_optimizer(config.optim, 100)
+    paging = make_paging(config.optim.placement)
+    adapter = jq.init_adapter(jax.random.key(1), targets, rank=64)  # large enough for 8 bits
+    state = init_state(adapter, optimizer, paging=paging)
+    shapes = jax.eval_shape(lambda: state)
+    losses = []
+    with Display(Console(file=io.StringIO())) as show:
+        step = make_step(llama, optimizer, config, width=7, paging=paging)
+        steps = CompiledSteps(step, llama.params, show)
+        for i in range(6):
+            if i == 3:
+                checkpoint.save(tmp_path, i, state, identity={})
+            state, values = steps(state, parts(1))
+            losses.append(float(values["loss"]))
+        found = checkpoint.restore(tmp_path, shapes, identity={})
+        assert found is not None
+        again = found[1]._replace(optimizer=paging.to_host(found[1].optimizer))
+        for i in range(3, 6):
+            again, values = steps(again, parts(1))
+            assert float(values["loss"]) == losses[i]
+    assert losses[5] < losses[0] - 0.2
+    assert_trees_close(again, state)
+    moments = [x for x in jax.tree.leaves(again.optimizer) if x.ndim]
+    assert {x.dtype for x in moments} >= {jnp.dtype({"8bit": "uint8"}.get(form, form))}
+    kind = {"host": "pinned_host"}.get(placement, placement)
+    assert {x.sharding.memory_kind for x in moments} == {kind}
+
+
 def test_a_loss_that_is_no_number_stops_with_advice():
     state = init_state({}, optax.sgd(0.1))
     fine = {"loss": jnp.float32(1), "grad_norm": jnp.float32(1)}
@@ -335,6 +394,34 @@ def test_an_interrupted_run_resumes_to_the_same_bits(finished, tmp_path, monkeyp
     assert final_state(config) == final_state(whole)
     for name in ("samples.jsonl", "adapter/adapter_model.safetensors"):
         assert (Path(config.output) / name).read_bytes() == (Path(whole.output) / name).read_bytes()
+
+
+def test_a_run_with_8bit_moments_resumes_wherever_they_live(tmp_path, monkeypatch):
+    """`optim.placement` moves no bit, so a run that was begun with one goes on with the other."""
+    config = settings(
+        tmp_path / "run",
+        method="lora",
+        lora={"rank": 64},
+        optim={"state": "8bit", "learning_rate": 2e-3, "warmup_steps": 0},
+        train={"steps": 4},
+        eval={"every": 4, "answers": 0, "samples": 0},
+    )
+    add = Metrics.add
+
+    def add_and_interrupt(self, **values):
+        if values["step"] == 2 and "loss" in values:
+            os.kill(os.getpid(), signal.SIGINT)
+        return add(self, **values)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Metrics, "add", add_and_interrupt)
+        assert run(config)[0].step == 2
+    if jax.__version_info__ >= (0, 12):  # before, a CPU has no host memory
+        optim = dataclasses.replace(config.optim, placement="host")
+        config = dataclasses.replace(config, optim=optim)
+    result, text = run(config)
+    assert "Resuming after step 2" in text
+    assert result.figures["held_out_loss_after"] < result.figures["held_out_loss_before"] - 0.02
 
 
 def test_a_run_cut_while_answering_is_finished_later(finished, tmp_path, monkeypatch):

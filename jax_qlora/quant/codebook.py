@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The 16 levels of each 4-bit format, and the 8-bit map that quantizes their constants.
+"""The 16 levels of each 4-bit format, and the 8-bit maps of their constants and of Adam's moments.
 
-NF4: QLoRA, Appendix E (arXiv 2305.14314). FP4 (E2M1 with bitsandbytes' code order) and the signed
-dynamic map: bitsandbytes, `functional.py`. INT4: symmetric absmax, levels i/7.
+NF4: QLoRA, Appendix E (arXiv 2305.14314). FP4 (E2M1 with bitsandbytes' code order) and the dynamic
+maps: bitsandbytes, `functional.py`. INT4: symmetric absmax, levels i/7.
 """
 
 from typing import NamedTuple
@@ -62,18 +62,19 @@ def _linspace(start: np.float32, stop: np.float32, num: int) -> np.ndarray:
     return np.where(i < num // 2, up, down).astype(np.float32)
 
 
-def _dynamic_map() -> np.ndarray:
-    """The signed 8-bit dynamic map: 7 decades of magnitude, linear fractions within each.
+def _dynamic_map(*, signed: bool) -> np.ndarray:
+    """An 8-bit dynamic map: 7 decades of magnitude, linear fractions within each.
 
-    bitsandbytes `create_dynamic_map(signed=True, max_exponent_bits=7, total_bits=8)`.
+    Without a sign there are twice as many fractions in each decade. bitsandbytes
+    `create_dynamic_map(signed, max_exponent_bits=7, total_bits=8)`.
     """
-    values: list[np.ndarray] = []
+    values = [np.array([0, 1], np.float32)]
     for i in range(7):
-        edges = _linspace(np.float32(0.1), np.float32(1), 2**i + 1)
+        fractions = 2**i if signed else 2 ** (i + 1)
+        edges = _linspace(np.float32(0.1), np.float32(1), fractions + 1)
         means = (edges[:-1] + edges[1:]) / np.float32(2)
         decade = np.float32(10 ** (-6 + i)) * means
-        values += [decade, -decade]
-    values.append(np.array([0, 1], np.float32))
+        values += [decade, -decade] if signed else [decade]
     return np.sort(np.concatenate(values)).astype(np.float32)
 
 
@@ -82,5 +83,6 @@ CODEBOOKS = {
     "fp4": _codebook(np.array([*_FP4_POSITIVE, *(0.0 - v for v in _FP4_POSITIVE)], np.float32)),
     "int4": _codebook((np.arange(16, dtype=np.float32) - 8) / np.float32(7)),
 }
-DYNAMIC_MAP = _dynamic_map()
+DYNAMIC_MAP = _dynamic_map(signed=True)
+UNSIGNED_DYNAMIC_MAP = _dynamic_map(signed=False)
 DYNAMIC_BOUNDARIES = ((DYNAMIC_MAP[:-1] + DYNAMIC_MAP[1:]) / np.float32(2)).astype(np.float32)

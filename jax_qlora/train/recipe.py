@@ -17,17 +17,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from rich.console import Console
 
 from .. import checkpoint
-from ..config import Config, check_config, run_identity, to_toml
+from ..config import Config, OptimConfig, check_config, run_identity, to_toml
 from ..errors import InputError
 from ..evaluate import Batch, answer_loss, assemble, held_out_batches, held_out_loss
 from ..interop.load import load_model, training_compute_dtype
 from ..lift import find_targets, lift
 from ..lora import Targets, init_adapter, summary
 from ..models import DecoderConfig, Model, abstract_params, decoder_functions
-from ..optim import adamw, make_schedule
+from ..optim import adamw, make_paging, make_schedule
 from ..report import Display, Metrics, write_text
 from ..tree import nbytes
 from ..typing import Array, PyTree
@@ -83,6 +84,7 @@ def train(config: Config, *, console: Console | None = None) -> Result:
             )
             figures = json.loads((run / "run.json").read_text("utf-8"))
             return Result(step=total, interrupted=0, figures=figures)
+        paging = make_paging(config.optim.placement)
         decoder, tokenizer = read_description(config.model)
         targets = None if config.method == "full" else find_decoder_targets(decoder, config)
         data = load_data(config, tokenizer, context=decoder.max_length)
@@ -96,24 +98,9 @@ def train(config: Config, *, console: Console | None = None) -> Result:
         )
 
         # The optimizer sees the trainable tree alone.
-        schedule = make_schedule(
-            config.optim.schedule,
-            learning_rate=config.optim.learning_rate,
-            steps=total,
-            warmup_steps=config.optim.warmup_steps,
-            final_fraction=config.optim.final_fraction,
-        )
-        optimizer = adamw(
-            schedule,
-            b1=config.optim.b1,
-            b2=config.optim.b2,
-            eps=config.optim.eps,
-            weight_decay=config.optim.weight_decay,
-            clip_norm=config.optim.clip_norm,
-            lora_plus_ratio=config.optim.lora_plus_ratio,
-        )
+        optimizer, schedule = make_optimizer(config.optim, total)
         half = jnp.dtype(model.compute_dtype) == jnp.float16
-        state = init_state(trainable, optimizer, half=half)
+        state = init_state(trainable, optimizer, half=half, paging=paging)
 
         # Resume, if this very run has been here before.
         identity = run_identity(config) | {
@@ -122,7 +109,7 @@ def train(config: Config, *, console: Console | None = None) -> Result:
             "examples": checkpoint.fingerprint([example.tokens for example in data.train]),
         }
         if found := checkpoint.restore(saved, state, identity=identity):
-            state = found[1]
+            state = found[1]._replace(optimizer=paging.to_host(found[1].optimizer))
             show.print(f"Resuming after step {found[0]} of {total}.")
         check_room(run, state, keep=config.train.keep_checkpoints)
         write_text(run / "config.toml", to_toml(config))
@@ -130,7 +117,7 @@ def train(config: Config, *, console: Console | None = None) -> Result:
         metrics = Metrics(run / "metrics.jsonl", resume_step=first)
 
         # Compile for the longest batch there can be, so that too little memory shows now.
-        step_fn = make_step(model, optimizer, config, width=data.width, half=half)
+        step_fn = make_step(model, optimizer, config, width=data.width, half=half, paging=paging)
         steps = CompiledSteps(step_fn, frozen, show)
         if first < total:
             steps.compile(state, data.batch(first, length=data.longest))
@@ -219,6 +206,35 @@ def train(config: Config, *, console: Console | None = None) -> Result:
         }
         figures = finish(config, model, state.trainable, metrics.records, answers, about, show)
         return Result(step=total, interrupted=0, figures=figures)
+
+
+def make_optimizer(
+    config: OptimConfig, steps: int
+) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """Return the optimizer that `config` describes, and its learning rate as a function of steps.
+
+    Args:
+        config: Settings; `placement` is not the optimizer's affair but `make_paging`'s.
+        steps: Length of the run.
+    """
+    schedule = make_schedule(
+        config.schedule,
+        learning_rate=config.learning_rate,
+        steps=steps,
+        warmup_steps=config.warmup_steps,
+        final_fraction=config.final_fraction,
+    )
+    optimizer = adamw(
+        schedule,
+        b1=config.b1,
+        b2=config.b2,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        clip_norm=config.clip_norm,
+        lora_plus_ratio=config.lora_plus_ratio,
+        state=config.state,
+    )
+    return optimizer, schedule
 
 
 def find_decoder_targets(decoder: DecoderConfig, config: Config) -> Targets:

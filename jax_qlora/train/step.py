@@ -15,6 +15,7 @@ from ..config import Config
 from ..errors import InputError
 from ..evaluate import Batch, answer_loss, assemble
 from ..models import Model
+from ..optim import Paging, make_paging
 from ..report import Display
 from ..typing import Array, PyTree
 
@@ -40,7 +41,11 @@ _SCALE_GROWS_AFTER = 200  # steps without an overflow, as in mixed-precision tra
 
 
 def init_state(
-    trainable: PyTree, optimizer: optax.GradientTransformation, *, half: bool = False
+    trainable: PyTree,
+    optimizer: optax.GradientTransformation,
+    *,
+    half: bool = False,
+    paging: Paging | None = None,
 ) -> TrainState:
     """Return the state before the first step.
 
@@ -48,10 +53,12 @@ def init_state(
         trainable: What trains, float32.
         optimizer: Its state is made for `trainable` alone.
         half: Whether the compute type is float16; the loss scale then starts at 2**15.
+        paging: Puts the optimizer's state where it lives; absent: on the device.
     """
+    paging = make_paging("device") if paging is None else paging
     return TrainState(
         trainable=trainable,
-        optimizer=optimizer.init(trainable),
+        optimizer=paging.to_host(optimizer.init(trainable)),
         step=jnp.int32(0),
         loss_scale=jnp.float32(2.0**15 if half else 1.0),
         good_steps=jnp.int32(0),
@@ -65,6 +72,7 @@ def make_step(
     *,
     width: int,
     half: bool = False,
+    paging: Paging | None = None,
 ) -> Step:
     """Return the function of one optimizer step: `(state, frozen, batch) -> (state, values)`.
 
@@ -78,12 +86,14 @@ def make_step(
         config: Settings of the loop; seed and dropout.
         width: Most answer tokens in a row, from `answer_width`.
         half: Whether the compute type is float16.
+        paging: Brings the optimizer's state to the device and puts it back; absent: it is there.
 
     Returns:
         A pure function. `batch` has the arrays of `make_batch` with a leading axis of accumulated
         parts; values are float32 "loss" and "grad_norm" (before clipping).
     """
     accumulate, chunk = config.train.accumulate, config.train.loss_chunk
+    paging = make_paging("device") if paging is None else paging
 
     def loss(trainable: PyTree, frozen: PyTree, part: Batch, scale: Array, key: Any) -> Array:
         params = assemble(trainable, frozen, dropout_key=key)
@@ -111,6 +121,7 @@ def make_step(
             (total, grads), _ = jax.lax.scan(add, zero, parts)
         grads = jax.tree.map(lambda g: g / state.loss_scale, grads)
         norm = optax.tree.norm(grads)
+        state = state._replace(optimizer=paging.to_device(state.optimizer))
         updates, moments = optimizer.update(grads, state.optimizer, state.trainable)
         new = TrainState(
             trainable=optax.apply_updates(state.trainable, updates),
@@ -121,6 +132,7 @@ def make_step(
         )
         if half:
             new = _skip_overflow(state, new, jnp.isfinite(norm))
+        new = new._replace(optimizer=paging.to_host(new.optimizer))
         return new, {"loss": total / state.loss_scale, "grad_norm": norm}
 
     return step
@@ -150,7 +162,7 @@ class CompiledSteps:
             frozen: The base.
             show: Where to print.
         """
-        self._step = jax.jit(step, donate_argnums=0)
+        self._step = step
         self._frozen = frozen
         self._show = show
         self._compiled: dict[int, Any] = {}
@@ -164,7 +176,10 @@ class CompiledSteps:
         parts, rows, length = batch["tokens"].shape
         shape = f"{parts} x {rows} x {length}" if parts > 1 else f"{rows} x {length}"
         began = time.monotonic()
-        compiled = self._step.lower(state, self._frozen, batch).compile()
+        # every part of the state comes back in the memory, host's or device's, that it came from
+        where = (jax.tree.map(lambda x: x.sharding, state), None)
+        step = jax.jit(self._step, donate_argnums=0, out_shardings=where)
+        compiled = step.lower(state, self._frozen, batch).compile()
         self._compiled[length] = compiled
         memory = compiled.memory_analysis()
         needed = 0

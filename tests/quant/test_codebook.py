@@ -6,7 +6,12 @@ from statistics import NormalDist
 import numpy as np
 import pytest
 
-from jax_qlora.quant.codebook import CODEBOOKS, DYNAMIC_BOUNDARIES, DYNAMIC_MAP
+from jax_qlora.quant.codebook import (
+    CODEBOOKS,
+    DYNAMIC_BOUNDARIES,
+    DYNAMIC_MAP,
+    UNSIGNED_DYNAMIC_MAP,
+)
 from tests.helpers import golden
 
 
@@ -26,8 +31,10 @@ def test_fp4_codes_in_ascending_order(tables):
     np.testing.assert_array_equal(CODEBOOKS["fp4"].order, tables["fp4_order"])
 
 
-def test_dynamic_map_is_the_reference_table(tables):
+def test_dynamic_maps_are_the_reference_tables(tables):
     np.testing.assert_array_equal(DYNAMIC_MAP, tables["dynamic8_signed"])
+    np.testing.assert_array_equal(UNSIGNED_DYNAMIC_MAP, tables["dynamic8_unsigned"])
+    assert DYNAMIC_MAP.dtype == UNSIGNED_DYNAMIC_MAP.dtype == np.float32
     assert (np.diff(DYNAMIC_BOUNDARIES) > 0).all()
 
 
