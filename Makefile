@@ -51,8 +51,8 @@ $(VENV)/.installed: pyproject.toml | $(BIN)/python
 	@touch $@
 
 $(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
-	@echo "Installing jax_qlora[$(EXTRAS),dev] into $(VENV); a few minutes the first time."
-	@$(BIN)/python -m pip install -qq --disable-pip-version-check -e '.[$(EXTRAS),dev]' $(PIP_ARGS)
+	@echo "Installing jax_qlora[$(EXTRAS),fit,dev] into $(VENV); a few minutes the first time."
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -e '.[$(EXTRAS),fit,dev]' $(PIP_ARGS)
 	@touch $@ $(VENV)/.installed
 
 # The first Python that is new enough and can make environments; `.venv` is only ever made once.

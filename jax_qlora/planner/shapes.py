@@ -52,9 +52,7 @@ def abstract_run(
     """
     dtype = jnp.float16 if half else jnp.bfloat16
     functions = decoder_functions(decoder, compute_dtype=dtype, remat=config.train.remat)
-    model = Model(
-        config=decoder, params=None, functions=functions.map(lift), compute_dtype=dtype
-    )
+    model = Model(config=decoder, params=None, functions=functions.map(lift), compute_dtype=dtype)
 
     def stored(path: str, x: Any) -> Any:
         """Norms are float32, all else is held as checkpoints are, in 16 bits."""

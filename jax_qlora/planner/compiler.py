@@ -77,7 +77,7 @@ def _cuda_directory() -> Path | None:
     return None
 
 
-def describe_device(gpu: Gpu) -> jax.Device:
+def describe_device(gpu: Gpu) -> Any:
     """The card as a device that can be compiled for, and nothing else.
 
     Raises:
@@ -107,7 +107,7 @@ class Placed(SingleDeviceSharding):
 
     hidden = False
 
-    def __init__(self, device: jax.Device, kind: str):
+    def __init__(self, device: Any, kind: str):
         super().__init__(device)
         self._kind = kind
 
@@ -133,9 +133,7 @@ class Placed(SingleDeviceSharding):
 
 def place(tree: Any, sharding: SingleDeviceSharding) -> Any:
     """The shapes of `tree` as arguments that live where `sharding` says."""
-    return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree
-    )
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
 
 
 def plan(lowered: Any) -> tuple[Planned, Any]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The planner's process: `python -m jax_qlora.fit.worker` compiles one case from standard input.
+"""The planner's process, `python -m jax_qlora.planner.worker`: compiles one case.
 
 A process of its own, because compiling for a GPU that is not there needs jax started with the CPU
 alone, and because a compiler that fails may take its process with it.

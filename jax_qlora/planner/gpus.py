@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """GPUs that the planner knows, as data: what XLA's compiler must know of a card that is not there.
 
-Sources: the CUDA programming guide's table of technical specifications for each compute capability,
-and the vendor's data sheets. `memory` is what a card offers to programs, a little less than its name
-says; these figures are those that device queries report, to about 1 %.
+Sources: the CUDA programming guide's table of technical specifications for each compute
+capability, and the vendor's data sheets. `memory` is what a card offers to programs, a little less
+than its name says; these figures are those that device queries report, to about 1 %.
 """
 
 import re
@@ -84,9 +84,7 @@ def _ampere(name: str, minor: int, **facts) -> Gpu:
 
 
 def _server(name: str, capability: tuple[int, int], lanes: int, shared: int, **facts) -> Gpu:
-    return Gpu(
-        name=name, capability=capability, lanes=lanes, threads=2048, shared=shared, **facts
-    )
+    return Gpu(name=name, capability=capability, lanes=lanes, threads=2048, shared=shared, **facts)
 
 
 GPUS = {

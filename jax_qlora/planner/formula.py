@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Memory of a training step by arithmetic: what is held exactly, what is temporary to about 10 %.
+
+The planner's answer where the compiler is not installed, and its way to look at many alternatives
+at once. The constants of `_working` were fitted to the compiler's plans; a test compares the two.
+"""
+
+import dataclasses
+import math
+
+from ..config import Config
+from ..lora import Target, Targets
+from ..lora.targets import pick_by_pattern
+from ..models import DecoderConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Bytes:
+    """Bytes of a training step by part; all on the device but `host`.
+
+    Attributes:
+        base: Frozen weights: packed codes, and what is not quantized.
+        constants: Block constants of the quantized kernels.
+        trainable: The adapter, or every weight.
+        optimizer: Moments on the device.
+        temporaries: Activations, gradients, decoded kernels.
+        host: In host memory: paged moments, inputs of layers.
+    """
+
+    base: int = 0
+    constants: int = 0
+    trainable: int = 0
+    optimizer: int = 0
+    temporaries: int = 0
+    host: int = 0
+
+    @property
+    def device(self) -> int:
+        """The sum on the device."""
+        return self.base + self.constants + self.trainable + self.optimizer + self.temporaries
+
+
+def estimate(decoder: DecoderConfig, config: Config, targets: Targets | None, *, seq: int) -> Bytes:
+    """The bytes of a training step.
+
+    Args:
+        decoder: The model's shape.
+        config: Settings of the run.
+        targets: Adapted kernels, from `find_decoder_targets`; None where every weight trains.
+        seq: Tokens of a row.
+    """
+    weights = _weights(decoder)
+    chosen = list(targets.values()) if targets is not None else []
+    base = constants = adapter = 0
+    if config.method == "full":
+        trainable = 4 * weights
+        parameters = weights
+    else:
+        base = 2 * weights + 2 * _norms(decoder)  # norms are float32
+        for target in chosen:
+            if config.method == "qlora":
+                codes, extra = _quantized(target, config)
+                base += codes - 2 * math.prod(target.shape)
+                constants += extra
+            rank = pick_by_pattern(target.path, config.lora.rank_pattern, config.lora.rank)
+            rows, cols = target.layout.rows, target.layout.cols
+            adapter += math.prod(target.lead) * rank * (rows + cols)
+        trainable, parameters = 4 * adapter, adapter
+    each = {"float32": 8.0, "bfloat16": 4.0, "8bit": 2 + 8 / 256}[config.optim.state]
+    moments = int(each * parameters)
+    on_host = config.optim.placement == "host"
+    tokens = config.train.batch_size * seq
+    inputs = 2 * decoder.n_layers * tokens * decoder.d_model
+    return Bytes(
+        base=base,
+        constants=constants,
+        trainable=trainable,
+        optimizer=0 if on_host else moments,
+        temporaries=_temporaries(decoder, config, trainable, seq),
+        host=(moments if on_host else 0) + (inputs if config.train.remat == "offload" else 0),
+    )
+
+
+def _weights(decoder: DecoderConfig) -> int:
+    d, q, kv = decoder.d_model, decoder.n_heads * decoder.head_dim, _kv(decoder)
+    layer = 2 * d * q + 2 * d * kv + 3 * d * decoder.d_ff
+    tables = decoder.vocab_size * d * (1 if decoder.tied else 2)
+    return decoder.n_layers * layer + tables + _norms(decoder)
+
+
+def _norms(decoder: DecoderConfig) -> int:
+    return (2 * decoder.n_layers + 1) * decoder.d_model
+
+
+def _kv(decoder: DecoderConfig) -> int:
+    return decoder.n_kv_heads * decoder.head_dim
+
+
+def _quantized(target: Target, config: Config) -> tuple[int, int]:
+    """Bytes of the codes and of the constants of a stacked kernel."""
+    size, rows = config.quant.block_size, target.layout.rows
+    blocks = -(-target.layout.cols // size)
+    lead = math.prod(target.lead)
+    constants = 4 * rows * blocks
+    if config.quant.double_quant:
+        constants = rows * blocks + 4 * -(-rows * blocks // 256) + 4
+    return lead * rows * blocks * size // 2, lead * constants
+
+
+def _temporaries(decoder: DecoderConfig, config: Config, trainable: int, seq: int) -> int:
+    tokens, d, layers = config.train.batch_size * seq, decoder.d_model, decoder.n_layers
+    q, kv, ff = decoder.n_heads * decoder.head_dim, _kv(decoder), decoder.d_ff
+    kept = {  # 16-bit values that a token leaves behind in each layer
+        "offload": 0,
+        "full": d,
+        "dots": 3 * d + q + 2 * kv + 2 * ff,
+        "none": 5 * d + 2 * q + 2 * kv + 3 * ff,
+    }[config.train.remat]
+    saved = 2 * layers * tokens * kept
+    kernel = 0 if config.method == "lora" else 2 * max(d * ff, d * q)
+    gradients = trainable
+    working = _working(tokens, d, q, kv, ff, kernel)
+    logits = 10 * min(config.train.loss_chunk, tokens) * decoder.vocab_size
+    accumulated = trainable if config.train.accumulate > 1 else 0
+    return saved + max(gradients + working, logits) + accumulated
+
+
+def _working(tokens: int, d: int, q: int, kv: int, ff: int, kernel: int) -> int:
+    """The backward of one layer: two decoded kernels, and activations of the MLP or attention."""
+    return 2 * kernel + tokens * (10 * ff + 12 * d + 8 * q)
