@@ -18,7 +18,7 @@ from ..typing import Array, Bool, Float, Int
 from .attention import as_valid, default_positions, grouped_query_attention
 from .blockwise_attention import blockwise_attention
 from .config import DecoderConfig
-from .layers import LINEAR_OUTPUT, Embed, Linear, RMSNorm, economical, swiglu
+from .layers import LINEAR_OUTPUT, Embed, Linear, RMSNorm, economical, in_chunks, swiglu
 from .matmul import matmul
 from .rope import rope_angles, rotate
 
@@ -28,6 +28,9 @@ Remat = Literal["none", "dots", "full", "offload"]
 
 LAYER_INPUT = "layer_input"
 """Name of the residual stream at the start of a layer, for the policy that moves exactly that."""
+
+MLP_TOKENS = 8192
+"""A longer sequence goes through the MLP in chunks of at most as many tokens."""
 
 
 class Cache(NamedTuple):
@@ -120,7 +123,12 @@ class Attention(nnx.Module):
 
 
 class MLP(nnx.Module):
-    """The gated MLP `down(silu(gate(x)) * up(x))` (Shazeer, arXiv 2002.05202)."""
+    """The gated MLP `down(silu(gate(x)) * up(x))` (Shazeer, arXiv 2002.05202).
+
+    Its inner activations are the widest of a layer. Those of a sequence longer than `MLP_TOKENS`
+    never exist whole: they are computed in chunks, and again in the backward, whatever the remat
+    setting. So the kernels are read, and decoded if they are in 4 bits, once for each chunk.
+    """
 
     def __init__(self, config: DecoderConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         d, d_ff, bias = config.d_model, config.d_ff, config.mlp_bias
@@ -130,8 +138,13 @@ class MLP(nnx.Module):
 
     def __call__(self, x: Float[Array, "batch seq d"]) -> Float[Array, "batch seq d"]:
         """Apply the MLP at each position."""
+
+        def mlp(rows: Array) -> Array:
+            return self.down_proj(swiglu(self.gate_proj(rows), self.up_proj(rows)))
+
         rows = x.reshape(-1, x.shape[-1])
-        return self.down_proj(swiglu(self.gate_proj(rows), self.up_proj(rows))).reshape(x.shape)
+        y = mlp(rows) if x.shape[1] <= MLP_TOKENS else in_chunks(mlp, rows, MLP_TOKENS)
+        return y.reshape(x.shape)
 
 
 class Layer(nnx.Module):

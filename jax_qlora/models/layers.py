@@ -34,6 +34,23 @@ def economical(f: Callable[..., Array]) -> Callable[..., Array]:
     return functools.wraps(f)(wrapped)
 
 
+def in_chunks(
+    f: Callable[[Array], Array], rows: Float[Array, "rows d"], chunk: int
+) -> Float[Array, "rows _"]:
+    """Applies `f` to at most `chunk` rows at a time, so what it computes in between is never whole.
+
+    The backward computes each chunk again.
+    """
+    count = rows.shape[0]
+    chunks = -(-count // chunk)
+    chunk = -(-count // chunks)
+    rows = jnp.pad(rows, ((0, chunks * chunk - count), (0, 0)))
+    # inside a scan nothing can be shared between forward and backward anyway
+    once = jax.checkpoint(f, prevent_cse=False)
+    y = jax.lax.map(once, rows.reshape(chunks, chunk, -1))
+    return y.reshape(chunks * chunk, -1)[:count]
+
+
 class Linear(nnx.Module):
     """`x @ kernel + bias`, computed in one dtype whatever the dtype of the parameters.
 

@@ -187,10 +187,14 @@ def test_vmap_scan_and_checkpoint():
     assert_trees_close(got, want, rtol=1e-5, atol=1e-5)
 
 
+def shapes_of(f: Any, *args: Any) -> set[tuple[int, ...]]:
+    """Shapes of all values that `f` computes."""
+    return {aval_of(v).shape for e in equations(jax.make_jaxpr(f)(*args)) for v in e.outvars}
+
+
 def largest(f: Any, *args: Any) -> int:
-    """Elements of the largest value that `f` computes."""
-    shapes = [aval_of(v).shape for e in equations(jax.make_jaxpr(f)(*args)) for v in e.outvars]
-    return max(int(np.prod(shape)) for shape in shapes)
+    """Elements of the largest of them."""
+    return max(int(np.prod(shape)) for shape in shapes_of(f, *args))
 
 
 def test_no_value_grows_with_the_square_of_the_sequence():
@@ -232,8 +236,11 @@ def gradients_of_a_decoder(trainable: Any, frozen: Any, remat: str) -> Any:
 
 
 @pytest.mark.parametrize("weights", ["dense", "4 bits"])
-def test_a_decoder_is_the_same_with_either(weights: str, monkeypatch: pytest.MonkeyPatch):
-    """Whatever is recomputed, with weights that train and with an adapter over 4-bit weights."""
+def test_a_decoder_is_the_same_in_pieces(weights: str, monkeypatch: pytest.MonkeyPatch):
+    """Attention in blocks and the MLP in chunks, as in a long sequence, whatever is recomputed.
+
+    With weights that train, and with an adapter over 4-bit weights.
+    """
     model, base, adapter = tiny()
     trees = (adapter, base) if weights == "4 bits" else (model.params, None)
     want = gradients_of_a_decoder(*trees, remat="none")
@@ -244,6 +251,7 @@ def test_a_decoder_is_the_same_with_either(weights: str, monkeypatch: pytest.Mon
         return blockwise_attention(*args, block=(8, 16))
 
     monkeypatch.setattr(decoder, "blockwise_attention", blockwise)
+    monkeypatch.setattr(decoder, "MLP_TOKENS", 16)
     for remat in ["none"] if weights == "4 bits" else ["dots", "full"]:
         got = gradients_of_a_decoder(*trees, remat=remat)
         assert_trees_close(got, want, rtol=1e-3, atol=1e-4)
@@ -251,12 +259,17 @@ def test_a_decoder_is_the_same_with_either(weights: str, monkeypatch: pytest.Mon
 
 
 def test_a_long_sequence_in_a_lifted_decoder():
-    """What a training step of 4-bit weights computes holds no scores of the whole sequence."""
+    """A training step of 4-bit weights holds no scores and no MLP of the whole sequence."""
     model, base, adapter = tiny()
     seq = 2**14
+    assert seq > decoder.MLP_TOKENS
 
     def loss(adapter: Any, tokens: jax.Array) -> jax.Array:
         return jnp.mean(model.hidden(jq.attach(base, adapter), tokens) ** 2)
 
     tokens = jax.ShapeDtypeStruct((1, seq), jnp.int32)
-    assert largest(jax.grad(loss), adapter, tokens) < seq * seq / 16
+    shapes = shapes_of(jax.grad(loss), adapter, tokens)
+    assert max(int(np.prod(shape)) for shape in shapes) < seq * seq / 16
+    assert (seq, model.config.d_model) in shapes and (seq, model.config.d_ff) not in shapes
+    targets = jq.find_targets(model.apply, model.params, tokens)
+    assert list(targets) == list(adapter)
