@@ -2,19 +2,22 @@
 """The jax_qlora side of train_step.py: a worker that runs one training step when told to."""
 
 import argparse
+import io
 import sys
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from rich.console import Console
 from worker import add_model_arguments, serve
 
 import jax_qlora as jq
 from jax_qlora.config import Config
 from jax_qlora.models import DecoderConfig, Model, abstract_params, decoder_functions
 from jax_qlora.optim import adamw
-from jax_qlora.train.step import init_state, make_step
+from jax_qlora.report import Display
+from jax_qlora.train.step import CompiledSteps, init_state, make_step
 from jax_qlora.tree import map_with_path
 
 
@@ -54,7 +57,8 @@ def build(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     adapter = jq.init_adapter(jax.random.key(0), targets, rank=args.rank, alpha=2 * args.rank)
     model = Model(config=shape, params=base, functions=functions.map(jq.lift), compute_dtype=dtype)
     optimizer = adamw(1e-4)
-    step = jax.jit(make_step(model, optimizer, Config(), width=args.seq - 1), donate_argnums=0)
+    step = make_step(model, optimizer, Config(), width=args.seq - 1)
+    steps = CompiledSteps(step, base, Config(), Display(Console(file=io.StringIO())))
     state = init_state(adapter, optimizer)
     tokens = rng.integers(0, args.vocab, (1, args.batch, args.seq), dtype=np.int32)
     all_true = np.ones(tokens.shape, bool)
@@ -62,7 +66,7 @@ def build(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
 
     def run() -> float:
         nonlocal state
-        state, values = step(state, base, batch)
+        state, values = steps(state, batch)
         return float(values["loss"])
 
     trainable = sum(x.size for x in jax.tree.leaves(adapter))

@@ -25,6 +25,7 @@ from .lora import unmerge as unmerge
 from .quant import QuantizedArray as QuantizedArray
 from .quant import dequantize as dequantize
 from .quant import quantize_array as quantize_array
+from .quant import stream as stream
 from .tree import ABSENT as ABSENT
 from .tree import combine as combine
 from .tree import partition as partition

@@ -148,11 +148,18 @@ def fingerprint(tree: PyTree) -> str:
     False
     """
     arrays = flatten_paths(tree)
-    sums = {name: _checksum(jnp.asarray(x)) for name, x in arrays.items()}
+    sums = {name: _checksum(_on_device(x)) for name, x in arrays.items()}
     lines = [
         f"{name} {np.shape(x)} {jnp.asarray(x).dtype} {sums[name]}" for name, x in arrays.items()
     ]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
+def _on_device(x: Any) -> Array:
+    """The array, copied from host memory if it lives there."""
+    x = jnp.asarray(x)
+    on_host = x.sharding.memory_kind == "pinned_host"
+    return jax.device_put(x, jax.memory.Space.Device) if on_host else x
 
 
 @jax.jit

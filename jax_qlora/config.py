@@ -54,6 +54,9 @@ class QuantConfig:
     """Weights that share one scale."""
     double_quant: bool = True
     """Quantize the scales as well (saves 0.37 bits a weight)."""
+    streamed: bool = False
+    """Keep the 4-bit weights in host memory, each layer fetched when it is used: a model far larger
+    than the device trains on it, while codes cross the bus twice a step."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,8 +139,9 @@ class TrainConfig:
     compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type of the matmuls; "auto" is the fastest that the device is known to do well."""
     remat: Literal["none", "dots", "full", "offload"] = "none"
-    """What the backward computes again to save memory: nothing, all but the outputs of linears, or
-    everything but the input of each layer; "offload" also keeps these inputs in host memory."""
+    """What the backward computes again to save memory: nothing that costs a matmul, all but the
+    outputs of linears, or everything but the input of each layer; "offload" also keeps these inputs
+    in host memory."""
     loss_chunk: Count = 1024
     """Answer tokens whose logits exist at once."""
     checkpoint_every: Count = 50
@@ -188,6 +192,7 @@ class Config:
 _OBSERVING = (
     "output",
     "optim.placement",
+    "quant.streamed",
     "train.checkpoint_every",
     "train.keep_checkpoints",
     "eval.",
@@ -243,6 +248,11 @@ def check_config(config: Config, *, where: str = "settings") -> None:
     """
     for key, value, annotation in _leaves(config, ""):
         _convert(value, annotation, where, key)
+    if config.quant.streamed and config.method != "qlora":
+        raise InputError(
+            f'{where}: quant.streamed: expected method = "qlora", whose 4-bit weights are '
+            f'streamed, found method = "{config.method}". Leave quant.streamed out.'
+        )
     if config.optim.warmup_steps >= config.train.steps:
         raise InputError(
             f"{where}: optim.warmup_steps: expected fewer than train.steps = {config.train.steps}, "

@@ -64,7 +64,10 @@ def test_import_contracts_hold():
 
 def test_every_public_name_is_documented():
     undocumented = [
-        name for name in dir(jq) if name[0].islower() and not (getattr(jq, name).__doc__ or "")
+        name
+        for name in dir(jq)
+        if name[0].islower() and name != "jaxtyping"  # put there by the tests' import hook
+        if not (getattr(jq, name).__doc__ or "")
     ]
     assert not undocumented
 

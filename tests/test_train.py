@@ -209,7 +209,7 @@ def test_a_skipped_step_leaves_paged_moments_alone(targets):
     }
     with Display(Console(file=io.StringIO())) as show:
         step = make_step(model, optimizer, Config(), width=7, half=True, paging=paging)
-        steps = CompiledSteps(step, model.params, show)
+        steps = CompiledSteps(step, model.params, Config(), show)
         state, _ = steps(jax.tree.map(jnp.copy, start), parts(1))
         moved = jax.tree.map(np.asarray, state)
         assert np.any(moved.trainable["layers/self_attn/q_proj/kernel"].b)
@@ -234,7 +234,7 @@ def test_every_form_of_the_optimizer_learns_and_resumes(llama, targets, tmp_path
     losses = []
     with Display(Console(file=io.StringIO())) as show:
         step = make_step(llama, optimizer, config, width=7, paging=paging)
-        steps = CompiledSteps(step, llama.params, show)
+        steps = CompiledSteps(step, llama.params, config, show)
         for i in range(6):
             if i == 3:
                 checkpoint.save(tmp_path, i, state, identity={})
@@ -278,7 +278,7 @@ class NoRoom:
 
 def test_out_of_memory_says_what_to_try():
     with Display(Console(file=io.StringIO())) as show:
-        steps = CompiledSteps(lambda state, frozen, batch: (state, {}), {}, show)
+        steps = CompiledSteps(lambda state, frozen, batch: (state, {}), {}, Config(), show)
         batch = {"tokens": np.zeros((1, 8, 96), np.int32)}
         steps._compiled[96] = NoRoom("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nmore")
         with pytest.raises(
@@ -296,7 +296,7 @@ def test_too_little_memory_shows_before_the_first_step(monkeypatch):
             return {"bytes_limit": 10}
 
     with Display(Console(file=io.StringIO())) as show:
-        steps = CompiledSteps(lambda state, frozen, batch: (state, {}), {}, show)
+        steps = CompiledSteps(lambda state, frozen, batch: (state, {}), {}, Config(), show)
         monkeypatch.setattr(jax, "devices", lambda: [Device()])
         with pytest.raises(InputError, match="Not enough memory for batches of 8 x 96 tokens"):
             batch = {"tokens": np.zeros((1, 8, 96), np.int32)}
@@ -394,6 +394,16 @@ def test_an_interrupted_run_resumes_to_the_same_bits(finished, tmp_path, monkeyp
     assert final_state(config) == final_state(whole)
     for name in ("samples.jsonl", "adapter/adapter_model.safetensors"):
         assert (Path(config.output) / name).read_bytes() == (Path(whole.output) / name).read_bytes()
+
+
+def test_a_run_with_streamed_weights_is_the_same_run(finished, tmp_path):
+    """The 4-bit weights stay in host memory; every bit of what is learned is the same."""
+    whole, _, _ = finished
+    quant = dataclasses.replace(whole.quant, streamed=True)
+    config = dataclasses.replace(whole, output=str(tmp_path / "streamed"), quant=quant)
+    _, text = run(config)
+    assert steps_of(Path(config.output)) == steps_of(Path(whole.output))
+    assert final_state(config) == final_state(whole)
 
 
 def test_a_run_with_8bit_moments_resumes_wherever_they_live(tmp_path, monkeypatch):

@@ -25,6 +25,7 @@ def load_model(
     compute_dtype: DTypeLike | None = None,
     dtype: DTypeLike | None = None,
     remat: str = "none",
+    streamed: bool = False,
 ) -> Model:
     """Load a decoder, its linears in 4 bits.
 
@@ -40,8 +41,9 @@ def load_model(
             accelerators that have it and float16 on those that do not.
         dtype: Storage of what is not quantized, norms aside. By default the checkpoint's; that of a
             GGUF file is bfloat16, and float32 without quantization.
-        remat: What the backward recomputes: "none", "dots" (all but the linears' outputs) or
-            "full".
+        remat: What the backward recomputes: "none", "dots", "full" or "offload"; see
+            `decoder_functions`.
+        streamed: Keep the 4-bit kernels in host memory; each layer is fetched when it is used.
 
     Returns:
         The model; `model.params` is the frozen base, and its methods take that tree, also with
@@ -66,7 +68,9 @@ def load_model(
     compute = jnp.dtype(default_compute_dtype() if compute_dtype is None else compute_dtype)
     functions = decoder_functions(config, compute_dtype=compute, remat=remat)
     encoding = None if quantization is None else Encoding(quantization, block_size, double_quant)
-    params = load_params(tensors, config, where=f"'{path}'", encoding=encoding, dtype=dtype)
+    params = load_params(
+        tensors, config, where=f"'{path}'", encoding=encoding, dtype=dtype, streamed=streamed
+    )
     return Model(
         config=config,
         params=params,

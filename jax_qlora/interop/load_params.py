@@ -16,9 +16,10 @@ from jax.typing import DTypeLike
 
 from ..errors import InputError
 from ..models import DecoderConfig, abstract_params
-from ..quant import QuantizedArray, quantize_rows
+from ..quant import QuantizedArray, quantize_rows, stream
 from ..quant.array import dequantize_rows
 from ..quant.blockwise import quantize_absmax
+from ..quant.streaming import host_memory
 from ..tree import map_with_path
 from ..typing import Array, PyTree
 from .bnb import bnb_parts, read_bnb
@@ -67,6 +68,7 @@ def load_params(
     where: str,
     encoding: Encoding | None,
     dtype: DTypeLike | None = None,
+    streamed: bool = False,
 ) -> PyTree:
     """Read the parameters of a decoder.
 
@@ -76,6 +78,7 @@ def load_params(
         where: What to call the checkpoint in messages.
         encoding: How to quantize the linears of the layers; None leaves them dense.
         dtype: Storage of what is not quantized, norms aside; by default each tensor's own.
+        streamed: Keep the quantized kernels in host memory; see `quant.stream`.
 
     Returns:
         A nested dict of arrays and QuantizedArrays.
@@ -85,7 +88,8 @@ def load_params(
     """
     _check_names(tensors, config, where)
     _check_shapes(tensors, config, where)
-    source = _Source(tensors, config, where, encoding, dtype)
+    host = host_memory() if streamed else None
+    source = _Source(tensors, config, where, encoding, dtype, host)
     return map_with_path(lambda path, _: source.load(path), abstract_params(config))
 
 
@@ -97,6 +101,8 @@ class _Source(NamedTuple):
     where: str
     encoding: Encoding | None
     dtype: DTypeLike | None
+    host: Any = None
+    """Where quantized kernels stay, if not on the device."""
 
     def load(self, path: str) -> Any:
         """One parameter, all its layers stacked."""
@@ -109,7 +115,8 @@ class _Source(NamedTuple):
                 "Load with quantization=None, which makes all of them dense."
             )
         if self.encoding is not None and all(pre):
-            return _stack([self.read_bnb(path, name) for name in names], self.where)
+            stacked = _stack([self.read_bnb(path, name) for name in names], self.where)
+            return stream(stacked) if self.host is not None else stacked
         linear = path.startswith("layers/") and path.endswith("/kernel")
         if self.encoding is not None and linear:
             return self.encode(path, names, self.encoding)
@@ -168,15 +175,18 @@ class _Source(NamedTuple):
                 offsets.append(offset)
             else:
                 constants[layer] = absmax
+        second = [jnp.stack(x) for x in (scales, offsets)] if double_quant else [None, None]
+        scale, offset = jax.device_put(second, self.host)
         return QuantizedArray.from_parts(
-            codes=jax.device_put(codes),
-            absmax=jax.device_put(constants),
-            absmax_scale=jnp.stack(scales) if double_quant else None,
-            absmax_offset=jnp.stack(offsets) if double_quant else None,
+            codes=jax.device_put(codes, self.host),
+            absmax=jax.device_put(constants, self.host),
+            absmax_scale=scale,
+            absmax_offset=offset,
             kernel_shape=(cols, rows),
             format=format,
             block_size=block_size,
             dtype=jnp.dtype(self.stored_dtype(path, names[0])),
+            streamed=self.host is not None,
         )
 
     def not_finite(self, name: str) -> InputError:

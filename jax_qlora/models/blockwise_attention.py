@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from ..typing import Array, Bool, Float, Int
 from .attention import MASKED, attention_mask_of, grouped_query_attention
@@ -23,6 +24,9 @@ CPU_BLOCK = (128, 128)
 
 BLOCK = (512, 1024)
 """The same on an accelerator, where one step of a loop must be worth starting."""
+
+ATTENTION_OUTPUT = "attention_output"
+"""Name of the output and of the logarithms, for the rematerialization policy that saves those."""
 
 _NO_KEY_YET = 0.1 * MASKED
 """The running maximum before the first key: no score is as low, and `exp(MASKED - it)` is 0."""
@@ -114,7 +118,8 @@ def blockwise_attention(
     seq = q.shape[1]
     tokens = _Tokens(valid, segment_ids, None if window is None else jnp.int32(window))
     if seq <= max(block or CPU_BLOCK):
-        return economical(partial(_plain, softcap=softcap))(scale, q, k, v, tokens)
+        out = economical(partial(_plain, softcap=softcap))(scale, q, k, v, tokens)
+        return checkpoint_name(out, ATTENTION_OUTPUT)
 
     def settings(block: tuple[int, int]) -> _Settings:
         return _Settings(scale, softcap, _even(seq, block[0]), _even(seq, block[1]))
@@ -144,7 +149,8 @@ def _blockwise(platforms: _Platforms, q: Array, k: Array, v: Array, tokens: _Tok
 def _blockwise_fwd(
     platforms: _Platforms, q: Array, k: Array, v: Array, tokens: _Tokens
 ) -> tuple[Array, tuple]:
-    out, lse = platforms.run(_forward, q, k, v, tokens)
+    forward = platforms.run(_forward, q, k, v, tokens)
+    out, lse = (checkpoint_name(x, ATTENTION_OUTPUT) for x in forward)
     return out, (q, k, v, tokens, out, lse)
 
 

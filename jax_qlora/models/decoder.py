@@ -16,15 +16,15 @@ from jax.typing import DTypeLike
 
 from ..typing import Array, Bool, Float, Int
 from .attention import as_valid, default_positions, grouped_query_attention
-from .blockwise_attention import blockwise_attention
+from .blockwise_attention import ATTENTION_OUTPUT, blockwise_attention
 from .config import DecoderConfig
 from .layers import LINEAR_OUTPUT, Embed, Linear, RMSNorm, economical, in_chunks, swiglu
 from .matmul import matmul
 from .rope import rope_angles, rotate
 
 Remat = Literal["none", "dots", "full", "offload"]
-"""What the backward recomputes of a layer: nothing, all but the linears' outputs, or everything;
-"offload" is "full" with the inputs of layers waiting in host memory."""
+"""What the backward recomputes of a layer: nothing that costs a matmul, all but the outputs of
+linears, or everything; "offload" is "full" with the inputs of layers waiting in host memory."""
 
 LAYER_INPUT = "layer_input"
 """Name of the residual stream at the start of a layer, for the policy that moves exactly that."""
@@ -214,9 +214,8 @@ class Decoder(nnx.Module):
         def body(layer: Layer, x: Array, context: _Context) -> Array:
             return layer(checkpoint_name(x, LAYER_INPUT), context, None)[0]
 
-        if self.remat != "none":
-            # inside a scan nothing can be shared between forward and backward anyway
-            body = nnx.remat(body, prevent_cse=False, policy=_policy(self.remat))
+        # inside a scan nothing can be shared between forward and backward anyway
+        body = nnx.remat(body, prevent_cse=False, policy=_policy(self.remat))
         scan = nnx.scan(body, in_axes=(0, nnx.Carry, None), out_axes=nnx.Carry)
         x = scan(self.layers, self.embed_tokens(tokens), context)
         return self.norm(x)
@@ -283,4 +282,5 @@ def _policy(remat: Remat):
             offload_src="device",
             offload_dst="pinned_host",
         )
-    return None if remat == "full" else policies.save_only_these_names(LINEAR_OUTPUT)
+    kept = {"full": (), "dots": (LINEAR_OUTPUT,), "none": (LINEAR_OUTPUT, ATTENTION_OUTPUT)}
+    return policies.save_only_these_names(*kept[remat])

@@ -47,8 +47,9 @@ def decoder_functions(
         config: The model's shape.
         compute_dtype: dtype of matmul operands and of the residual stream: float32, bfloat16 or
             float16, whatever the dtype of the parameters.
-        remat: "none"; "full" recomputes each layer in the backward; "dots" keeps the outputs of the
-            linears and recomputes the rest.
+        remat: What the backward recomputes: "none", nothing that costs a matmul; "dots", all but
+            the outputs of linears; "full", each layer from its input; "offload", the same with
+            these inputs in host memory.
 
     Returns:
         Pure functions, jit-friendly, of a nested dict of arrays shaped as `abstract_params` says.

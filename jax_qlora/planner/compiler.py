@@ -136,11 +136,20 @@ def place(tree: Any, sharding: SingleDeviceSharding) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
 
 
-def plan(lowered: Any) -> tuple[Planned, Any]:
-    """Compiles a lowered program; returns the memory it needs, and the executable."""
+def plan(lowered: Any, options: dict[str, Any]) -> tuple[Planned, Any]:
+    """Compiles a lowered program.
+
+    Args:
+        lowered: From `jax.jit(f).lower(...)`, arguments placed by `place`.
+        options: What else the compiler is told.
+
+    Returns:
+        The memory it needs, and the executable.
+    """
     Placed.hidden = True
     try:
-        compiled = lowered.compile(compiler_options={"xla_gpu_autotune_level": 0})
+        # nothing can be timed on a card that is not there
+        compiled = lowered.compile(compiler_options={"xla_gpu_autotune_level": 0, **options})
     finally:
         Placed.hidden = False
     memory = compiled.memory_analysis()

@@ -24,7 +24,7 @@ class Bytes:
         trainable: The adapter, or every weight.
         optimizer: Moments on the device.
         temporaries: Activations, gradients, decoded kernels.
-        host: In host memory: paged moments, inputs of layers.
+        host: In host memory: streamed kernels, paged moments, inputs of layers.
     """
 
     base: int = 0
@@ -51,7 +51,7 @@ def estimate(decoder: DecoderConfig, config: Config, targets: Targets | None, *,
     """
     weights = _weights(decoder)
     chosen = list(targets.values()) if targets is not None else []
-    base = constants = adapter = 0
+    base = constants = adapter = streamed = 0
     if config.method == "full":
         trainable = 4 * weights
         parameters = weights
@@ -60,8 +60,11 @@ def estimate(decoder: DecoderConfig, config: Config, targets: Targets | None, *,
         for target in chosen:
             if config.method == "qlora":
                 codes, extra = _quantized(target, config)
-                base += codes - 2 * math.prod(target.shape)
-                constants += extra
+                base -= 2 * math.prod(target.shape)
+                if config.quant.streamed:
+                    streamed += codes + extra
+                else:
+                    base, constants = base + codes, constants + extra
             rank = pick_by_pattern(target.path, config.lora.rank_pattern, config.lora.rank)
             rows, cols = target.layout.rows, target.layout.cols
             adapter += math.prod(target.lead) * rank * (rows + cols)
@@ -77,7 +80,9 @@ def estimate(decoder: DecoderConfig, config: Config, targets: Targets | None, *,
         trainable=trainable,
         optimizer=0 if on_host else moments,
         temporaries=_temporaries(decoder, config, trainable, seq),
-        host=(moments if on_host else 0) + (inputs if config.train.remat == "offload" else 0),
+        host=streamed
+        + (moments if on_host else 0)
+        + (inputs if config.train.remat == "offload" else 0),
     )
 
 
@@ -113,8 +118,8 @@ def _temporaries(decoder: DecoderConfig, config: Config, trainable: int, seq: in
     kept = {  # 16-bit values that a token leaves behind in each layer
         "offload": 0,
         "full": d,
-        "dots": 3 * d + q + 2 * kv + 2 * ff,
-        "none": 5 * d + 2 * q + 2 * kv + 3 * ff,
+        "dots": 2 * d + q + 2 * kv + 2 * ff,
+        "none": 2 * d + 2 * q + 2 * kv + 2 * ff,
     }[config.train.remat]
     saved = 2 * layers * tokens * kept
     kernel = 0 if config.method == "lora" else 2 * max(d * ff, d * q)

@@ -253,9 +253,13 @@ _OPTIONS = (
     ("optimizer in bfloat16", {"optim.state": "bfloat16"}),
     ("optimizer in 8 bits", {"optim.state": "8bit"}),
     ("optimizer on the host", {"optim.placement": "host"}),
-    ("LoRA on 16-bit weights", {"method": "lora"}),
-    ("full fine-tuning", {"method": "full"}),
+    ("weights streamed from the host", {"quant.streamed": True}),
+    ("LoRA on 16-bit weights", {"method": "lora", "quant.streamed": False}),
+    ("full fine-tuning", {"method": "full", "quant.streamed": False}),
 )
+
+
+_OF_QLORA = ("without double quantization", "weights streamed from the host")
 
 
 def _changes(
@@ -267,7 +271,7 @@ def _changes(
     for name, values in _OPTIONS:
         if all(now[key] == value for key, value in values.items()):
             continue
-        if config.method != "qlora" and "quant.double_quant" in values:
+        if config.method != "qlora" and name in _OF_QLORA:
             continue
         changed = config
         for key, value in values.items():

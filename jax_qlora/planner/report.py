@@ -120,7 +120,7 @@ class Report:
             ("device", _gib(self.device_bytes), f"of {_gib(self.capacity)} GiB: {self.verdict}"),
             ("headroom", _gib(self.capacity - self.device_bytes),
              f"{_gib(self.margin)} GiB of it are kept free"),
-            ("host", _gib(self.host_bytes), "paged optimizer state, inputs of layers"),
+            ("host", _gib(self.host_bytes), "streamed weights, paged moments, layer inputs"),
         ]  # fmt: skip
         least = max(self.step_seconds, key=lambda name: self.step_seconds[name])
         lines = [

@@ -19,7 +19,8 @@ def least_seconds(
         decoder: The model's shape.
         config: Settings of the run.
         gpu: The card.
-        planned: Bytes of the run; those on the host cross the bus twice.
+        planned: Bytes of the run; those on the host cross the bus twice: there and back, or once
+            forward and once backward.
         seq: Tokens of a row.
 
     Returns:
@@ -42,5 +43,5 @@ def least_seconds(
     return {
         "arithmetic": flops / gpu.flops,
         "memory": traffic / gpu.bandwidth,
-        "bus": 2 * planned.host / PCIE / 2,
+        "bus": 2 * planned.host / PCIE,
     }

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The training step of a run as a function of shapes: nothing is read, nothing is allocated."""
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -11,10 +12,19 @@ from ..lift import lift
 from ..lora import init_adapter, quantize
 from ..models import DecoderConfig, Model, abstract_params, decoder_functions
 from ..optim import Paging
+from ..quant import QuantizedArray
 from ..train.recipe import find_decoder_targets, make_optimizer
 from ..train.step import Step, init_state, make_step
 from ..tree import map_with_path
 from ..typing import PyTree
+
+
+def _is_quantized(x: Any) -> bool:
+    return isinstance(x, QuantizedArray)
+
+
+def _streamed(x: Any) -> Any:
+    return dataclasses.replace(x, streamed=True) if _is_quantized(x) and x.lead else x
 
 
 class Run(NamedTuple):
@@ -76,6 +86,8 @@ def abstract_run(
                 ),
                 params,
             )
+        if quant.streamed:
+            frozen = jax.tree.map(_streamed, frozen, is_leaf=_is_quantized)
         trainable = jax.eval_shape(
             lambda key: init_adapter(
                 key,

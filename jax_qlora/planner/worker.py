@@ -17,6 +17,8 @@ import jax
 from ..config import Config, from_table
 from ..models import DecoderConfig, RopeScaling
 from ..optim import page_between
+from ..quant import QuantizedArray
+from ..train.step import compiler_options
 from ..tree import nbytes
 from .compiler import Placed, describe_device, place, plan
 from .gpus import Gpu
@@ -44,9 +46,14 @@ def compile_case(
         values = {"loss": device, "grad_norm": device}
         options["out_shardings"] = (jax.tree.map(lambda x: x.sharding, state), values)
     step = jax.jit(run.step, donate_argnums=0, **options)
-    frozen, batch = place(run.frozen, device), place(run.batch, device)
+    batch = place(run.batch, device)
+    frozen = jax.tree.map(
+        lambda x: place(x, host if getattr(x, "streamed", False) else device),
+        run.frozen,
+        is_leaf=lambda x: isinstance(x, QuantizedArray),
+    )
     began = time.monotonic()
-    planned, compiled = plan(step.lower(state, frozen, batch))
+    planned, compiled = plan(step.lower(state, frozen, batch), compiler_options(config, "gpu"))
     figures = {
         **held(run),
         "device_bytes": planned.device,
@@ -59,13 +66,15 @@ def compile_case(
 
 
 def held(run: Run) -> dict[str, int]:
-    """Bytes of what a run holds between steps, by part."""
-    constants = 0
-    for x in jax.tree.leaves(run.frozen, is_leaf=lambda x: hasattr(x, "absmax")):
-        if hasattr(x, "absmax"):
+    """Bytes of what a run holds on the device between steps, by part."""
+    constants = streamed = 0
+    for x in jax.tree.leaves(run.frozen, is_leaf=lambda x: isinstance(x, QuantizedArray)):
+        if isinstance(x, QuantizedArray) and x.streamed:
+            streamed += nbytes(x)
+        elif isinstance(x, QuantizedArray):
             constants += nbytes((x.absmax, x.absmax_scale, x.absmax_offset))
     return {
-        "base": nbytes(run.frozen) - constants,
+        "base": nbytes(run.frozen) - constants - streamed,
         "constants": constants,
         "trainable": nbytes(run.state.trainable),
         "optimizer": nbytes(run.state.optimizer),

@@ -26,7 +26,7 @@ from .layout import KernelLayout, make_layout
 BLOCK_SIZES = (32, 64, 128, 256)
 
 
-@pytree(static=("layout", "format", "block_size", "group_size", "dtype_name"))
+@pytree(static=("layout", "format", "block_size", "group_size", "dtype_name", "streamed"))
 @dataclasses.dataclass(frozen=True, kw_only=True, repr=False, eq=False)
 class QuantizedArray:
     """A kernel `[*lead, *layout.shape]` in 4 bits.
@@ -48,6 +48,7 @@ class QuantizedArray:
         block_size: Elements that share one `absmax`, along a row.
         group_size: Blocks that share one `absmax_scale`.
         dtype_name: dtype of the array that this one stands for.
+        streamed: Whether it is kept in host memory, and fetched where it is used.
     """
 
     codes: UInt8[Array, "*lead rows packed"]
@@ -59,6 +60,7 @@ class QuantizedArray:
     block_size: int
     group_size: int
     dtype_name: str
+    streamed: bool = False
 
     @property
     def lead(self) -> tuple[int, ...]:
@@ -109,6 +111,8 @@ class QuantizedArray:
             f"{self.format} block {self.block_size}" + " + double quant" * self.double_quant,
             f"{self.bits_per_param:.3f} bits/param",
         ]
+        if self.streamed:
+            parts.append("streamed from the host")
         if padded:
             parts.append(f"rows padded by {padded}")
         return f"QuantizedArray({', '.join(parts)})"
@@ -133,6 +137,7 @@ class QuantizedArray:
         block_size: int = 64,
         group_size: int = GROUP_SIZE,
         dtype: Any = jnp.float32,
+        streamed: bool = False,
     ) -> "QuantizedArray":
         """Wraps codes and constants that exist already, e.g. a bitsandbytes checkpoint's.
 
@@ -150,6 +155,7 @@ class QuantizedArray:
             block_size: Elements of a row that share a constant.
             group_size: Blocks that share a second-level constant.
             dtype: dtype of the array that this one stands for.
+            streamed: Whether the parts are in host memory, to be fetched in use; see `stream`.
 
         Raises:
             InputError: the parts contradict each other (names the part, expected and found).
@@ -188,6 +194,7 @@ class QuantizedArray:
             block_size=block_size,
             group_size=group_size,
             dtype_name=jnp.dtype(dtype).name,
+            streamed=streamed,
         )
 
 
@@ -309,6 +316,14 @@ def _quantize(
     )
 
 
+def fetched(q: QuantizedArray) -> QuantizedArray:
+    """A streamed kernel, or the slice of one that a loop has taken, brought to the device."""
+    if not q.streamed:
+        return q
+    parts = jax.tree.map(lambda x: jax.device_put(x, jax.memory.Space.Device), q)
+    return dataclasses.replace(parts, streamed=False)
+
+
 def block_constants(q: QuantizedArray) -> Float[Array, "*lead rows blocks"]:
     """The float32 constant of each block, double quantization undone."""
     if q.absmax_scale is None or q.absmax_offset is None:
@@ -326,6 +341,7 @@ def block_constants(q: QuantizedArray) -> Float[Array, "*lead rows blocks"]:
 
 def dequantize_rows(q: QuantizedArray, dtype: Any = jnp.float32) -> Float[Array, "*lead rows cols"]:
     """The kernel in torch's layout: `level[code] * constant` in float32, then cast."""
+    q = fetched(q)
     values = dequantize_blockwise(
         q.codes, block_constants(q), format=q.format, block_size=q.block_size, dtype=dtype
     )
@@ -353,6 +369,7 @@ def lookup_rows(q: QuantizedArray, indices: Array, dtype: Any = jnp.float32) -> 
     Returns:
         `[*indices.shape, cols]`.
     """
+    q = fetched(q)
     values = dequantize_blockwise(
         q.codes[indices],
         block_constants(q)[indices],

@@ -16,7 +16,7 @@ from jax import lax
 
 from .._compat import SLOW_VECTOR_MATRIX
 from ..typing import Array, Float
-from .array import QuantizedArray, block_constants, dequantize_rows
+from .array import QuantizedArray, block_constants, dequantize_rows, fetched
 from .blockwise import dequantize_planes
 
 # decoded elements at once on a CPU, measured at 1024^2 to 4096^2 with 1 to 1024 rows of x: a kernel
@@ -83,6 +83,7 @@ _matmul.defvjp(_matmul_fwd, _matmul_bwd)
 
 @functools.partial(jax.jit, static_argnums=(2, 3))  # kernels of equal shape are traced once
 def _product(x: Array, q: QuantizedArray, transpose: bool, dtype: Any) -> Array:
+    q = fetched(q)
     return lax.platform_dependent(
         x,
         q,

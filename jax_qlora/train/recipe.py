@@ -118,7 +118,7 @@ def train(config: Config, *, console: Console | None = None) -> Result:
 
         # Compile for the longest batch there can be, so that too little memory shows now.
         step_fn = make_step(model, optimizer, config, width=data.width, half=half, paging=paging)
-        steps = CompiledSteps(step_fn, frozen, show)
+        steps = CompiledSteps(step_fn, frozen, config, show)
         if first < total:
             steps.compile(state, data.batch(first, length=data.longest))
 
@@ -267,6 +267,7 @@ def load(
         double_quant=config.quant.double_quant,
         compute_dtype=training_compute_dtype() if dtype == "auto" else dtype,
         remat=config.train.remat,
+        streamed=config.quant.streamed,
     )
     if targets is None:
         show.print(summary(model.params))

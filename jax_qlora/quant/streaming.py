@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Streamed weights: packed kernels stay in host memory, and each layer is fetched when it is used.
+
+A scan over stacked layers slices the kernels in host memory and copies one layer's to the device,
+forward and again backward; the device never holds more of the base than that. What crosses the bus
+is 4 bits a parameter.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+from jax.sharding import SingleDeviceSharding
+
+from ..errors import InputError
+from .array import QuantizedArray
+
+
+def host_memory(device: Any = None) -> SingleDeviceSharding:
+    """Where streamed kernels are kept: the page-locked host memory of a device.
+
+    Args:
+        device: the device; by default the first.
+
+    Raises:
+        InputError: the device has none.
+    """
+    device = jax.devices()[0] if device is None else device
+    kinds = sorted(memory.kind for memory in device.addressable_memories())
+    if "pinned_host" not in kinds:
+        raise InputError(
+            f"Streamed weights on {device.platform} ({device.device_kind}): expected memory of the "
+            f"kind 'pinned_host', found {', '.join(kinds)}. Keep the weights on the device "
+            "(quant.streamed = false)."
+        )
+    return SingleDeviceSharding(device, memory_kind="pinned_host")
+
+
+def stream(tree: Any, *, device: Any = None) -> Any:
+    """The same tree with every stacked 4-bit kernel in host memory, fetched layer by layer in use.
+
+    Results keep their bits. Worth it where the base does not fit the device: a step then moves all
+    codes over the bus once forward and once backward.
+
+    Args:
+        tree: Parameters, e.g. what `quantize` gives. Kernels without a stacked axis stay.
+        device: Whose host memory; by default the first device's.
+
+    Raises:
+        InputError: the device has no host memory.
+    """
+    host = host_memory(device)
+
+    def one(x: Any) -> Any:
+        if not isinstance(x, QuantizedArray) or not x.lead:
+            return x
+        return dataclasses.replace(jax.device_put(x, host), streamed=True)
+
+    return jax.tree.map(one, tree, is_leaf=lambda x: isinstance(x, QuantizedArray))
