@@ -88,9 +88,9 @@ def dequantize_blockwise(
     dtype: Any = jnp.float32,
 ) -> Float[Array, "*lead cols"]:
     """`level[code] * absmax` in float32, then cast; the padding of a short last block is kept."""
-    values = jnp.asarray(pair_table(format))[packed]  # [..., packed, 2]: one look-up decodes a byte
+    values = _look_up(jnp.asarray(pair_table(format)), packed)  # [..., packed, 2]: both of a byte
     blocks = values.reshape(*absmax.shape, block_size)
-    out = (blocks * absmax[..., None]).astype(dtype)
+    out = (blocks * lax.expand_dims(absmax, (absmax.ndim,))).astype(dtype)
     return out.reshape(*packed.shape[:-1], packed.shape[-1] * 2)
 
 
@@ -128,10 +128,12 @@ def dequantize_planes(
 def _look_up(table: Array, index: Array) -> Array:
     """`table[index]` for indices that are in bounds; less to trace than jax's indexing."""
     numbers = lax.GatherDimensionNumbers(
-        offset_dims=(), collapsed_slice_dims=(0,), start_index_map=(0,)
+        offset_dims=tuple(range(index.ndim, index.ndim + table.ndim - 1)),
+        collapsed_slice_dims=(0,),
+        start_index_map=(0,),
     )
     index = lax.expand_dims(index.astype(jnp.int32), (index.ndim,))
-    return lax.gather(table, index, numbers, (1,), mode="promise_in_bounds")
+    return lax.gather(table, index, numbers, (1, *table.shape[1:]), mode="promise_in_bounds")
 
 
 def quantize_absmax(

@@ -20,9 +20,9 @@ from .array import QuantizedArray, block_constants, dequantize_rows, fetched
 from .blockwise import dequantize_planes
 
 # decoded elements at once on a CPU, measured at 1024^2 to 4096^2 with 1 to 1024 rows of x: a kernel
-# up to the first in one piece, a larger one in tiles of the second (8 MiB in float32)
+# up to the first in one piece, a larger one in tiles of the second (two of 2 MiB in float32)
 _PIECE_ELEMENTS = 3 << 20
-_TILE_ELEMENTS = 2 << 20
+_TILE_ELEMENTS = 1 << 20
 _FEW_ROWS = 8  # of x: a product with so few is bound by memory, and runs on one core
 
 
@@ -102,15 +102,17 @@ def _whole(x: Array, q: QuantizedArray, *, transpose: bool, dtype: Any) -> Array
 def _tiled(x: Array, q: QuantizedArray, *, transpose: bool, dtype: Any) -> Array:
     """One tile of rows at a time: decode, multiply, discard.
 
-    The columns are in the order of `dequantize_planes`, even before odd. For a few rows of x the
-    two halves are products of their own, which run side by side; one matmul is less to compile.
+    The columns are in the order of `dequantize_planes`, even before odd. In tiles, and for a few
+    rows of x, the halves are products of their own, which run side by side; a small kernel is one
+    matmul, which is less to compile.
     """
     rows, cols, width = q.layout.rows, q.layout.cols, q.codes.shape[1]
     tile = rows if 2 * width * rows <= _PIECE_ELEMENTS else max(1, _TILE_ELEMENTS // (2 * width))
     whole = rows // tile * tile
     absmax = lax.optimization_barrier(block_constants(q))  # once, not again in each plane
     acc = accumulator(x.dtype)
-    halves = ((0,), (1,)) if x.shape[0] <= _FEW_ROWS else ((0, 1),)
+    apart = tile < rows or x.shape[0] <= _FEW_ROWS
+    halves = ((0,), (1,)) if apart else ((0, 1),)
 
     def decode(codes: Array, absmax: Array, planes: tuple[int, ...]) -> Array:
         values = dequantize_planes(
