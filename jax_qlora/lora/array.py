@@ -180,7 +180,7 @@ def _update(transpose: bool, scale: float, dtype: Any, x: Array, a: Array, b: Ar
 
 def _update_fwd(transpose: bool, scale: float, dtype: Any, x: Array, a: Array, b: Array):
     k_axis, n_axis = (0, 1) if transpose else (1, 0)  # of a, of b; the other axis is the rank
-    h = dot(x, a.astype(x.dtype), 1, k_axis, x.dtype) * jnp.asarray(scale, x.dtype)
+    h = dot(x, _scaled(a, scale, x.dtype), 1, k_axis, x.dtype)
     return dot(h, b.astype(x.dtype), 1, 1 - n_axis, dtype), (x, h, a, b)
 
 
@@ -190,11 +190,16 @@ def _update_bwd(transpose: bool, scale: float, dtype: Any, residuals: Any, g: Ar
     x, h, a, b = residuals
     k_axis, n_axis = (0, 1) if transpose else (1, 0)
     g = g.astype(x.dtype)
-    gh = dot(g, b.astype(x.dtype), 1, n_axis, x.dtype) * jnp.asarray(scale, x.dtype)
+    gh = dot(g, _scaled(b, scale, x.dtype), 1, n_axis, x.dtype)
     dx = dot(gh, a.astype(x.dtype), 1, 1 - k_axis, x.dtype)
     if transpose:
         return dx, _tall(gh, x).astype(a.dtype), dot(h, g, 0, 0, b.dtype)
     return dx, dot(gh, x, 0, 0, a.dtype), _tall(h, g).astype(b.dtype)
+
+
+def _scaled(factor: Array, scale: float, dtype: Any) -> Array:
+    """A factor times the scale, for a matmul: one pass with the cast, and none over activations."""
+    return (factor * jnp.asarray(scale, factor.dtype)).astype(dtype)
 
 
 @jax.custom_jvp

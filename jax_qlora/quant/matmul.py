@@ -113,6 +113,8 @@ def _tiled(x: Array, q: QuantizedArray, *, transpose: bool, dtype: Any) -> Array
     acc = accumulator(x.dtype)
     apart = tile < rows or x.shape[0] <= _FEW_ROWS
     halves = ((0,), (1,)) if apart else ((0, 1),)
+    if transpose and x.shape[0] == 1 and SLOW_VECTOR_MATRIX:
+        return _tiled(jnp.pad(x, ((0, 1), (0, 0))), q, transpose=True, dtype=dtype)[:1]
 
     def decode(codes: Array, absmax: Array, planes: tuple[int, ...]) -> Array:
         values = dequantize_planes(
@@ -121,49 +123,51 @@ def _tiled(x: Array, q: QuantizedArray, *, transpose: bool, dtype: Any) -> Array
         return values.reshape(codes.shape[0], -1)
 
     def cut(a: Array) -> Array:
-        return a[:whole].reshape(-1, tile, a.shape[1])
+        return lax.slice_in_dim(a, 0, whole).reshape(-1, tile, a.shape[1])
 
-    tiles = (cut(q.codes), cut(absmax))
-    rest = (q.codes[whole:], absmax[whole:])
-    if transpose and x.shape[0] == 1 and SLOW_VECTOR_MATRIX:
-        return _tiled(jnp.pad(x, ((0, 1), (0, 0))), q, transpose=True, dtype=dtype)[:1]
+    def rest(a: Array) -> Array:
+        return lax.slice_in_dim(a, whole, rows)
+
     if not transpose:
         if cols < 2 * width:
             x = jnp.pad(x, ((0, 0), (0, 2 * width - cols)))
         pairs = lax.transpose(x.reshape(-1, width, 2), (0, 2, 1))
-        parts = [pairs[:, planes[0] : planes[-1] + 1].reshape(-1, len(planes) * width)
-                 for planes in halves]  # fmt: skip
+        parts = [
+            lax.slice_in_dim(pairs, planes[0], planes[-1] + 1, axis=1).reshape(x.shape[0], -1)
+            for planes in halves
+        ]
 
         def multiply(codes: Array, absmax: Array) -> Array:
             products = [
                 dot(part, decode(codes, absmax, planes), 1, 1, acc)
                 for part, planes in zip(parts, halves, strict=True)
             ]
-            return functools.reduce(jnp.add, products).astype(dtype)
+            return functools.reduce(lax.add, products).astype(dtype)
 
-        if whole == tile:
-            y = multiply(q.codes[:tile], absmax[:tile])
-        else:
-            _, y = lax.scan(lambda _, t: (None, multiply(*t)), None, tiles)
-            y = lax.transpose(y, (1, 0, 2)).reshape(x.shape[0], whole)
-        return jnp.concatenate([y, multiply(*rest)], axis=1) if whole < rows else y
+        if tile == rows:
+            return multiply(q.codes, absmax)
+        _, y = lax.scan(lambda _, t: (None, multiply(*t)), None, (cut(q.codes), cut(absmax)))
+        y = lax.transpose(y, (1, 0, 2)).reshape(x.shape[0], whole)
+        if whole == rows:
+            return y
+        return lax.concatenate([y, multiply(rest(q.codes), rest(absmax))], 1)
+
+    def products(x: Array, codes: Array, absmax: Array) -> list[Array]:
+        return [dot(x, decode(codes, absmax, planes), 1, 0, acc) for planes in halves]
 
     def add(totals: list[Array], start: Array | int, codes: Array, absmax: Array) -> list[Array]:
         # sliced here: cutting x.T up beforehand makes the products a tenth slower
         part = lax.dynamic_slice_in_dim(x, start, codes.shape[0], axis=1)
-        return [
-            total + dot(part, decode(codes, absmax, planes), 1, 0, acc)
-            for total, planes in zip(totals, halves, strict=True)
-        ]
+        return list(map(lax.add, totals, products(part, codes, absmax)))
 
-    totals = [jnp.zeros((x.shape[0], len(planes) * width), acc) for planes in halves]
-    if whole == tile:
-        totals = add(totals, 0, q.codes[:tile], absmax[:tile])
+    if tile == rows:
+        totals = products(x, q.codes, absmax)
     else:
-        starts = jnp.arange(0, whole, tile, dtype=jnp.int32)
-        totals, _ = lax.scan(lambda t, c: (add(t, *c), None), totals, (starts, *tiles))
-    if whole < rows:
-        totals = add(totals, whole, *rest)
-    pairs = jnp.concatenate(totals, axis=1) if len(totals) > 1 else totals[0]
-    y = lax.transpose(pairs.reshape(-1, 2, width), (0, 2, 1)).reshape(-1, 2 * width)
-    return y[:, :cols].astype(dtype)
+        totals = [jnp.zeros((x.shape[0], len(planes) * width), acc) for planes in halves]
+        tiles = (jnp.arange(0, whole, tile, dtype=jnp.int32), cut(q.codes), cut(absmax))
+        totals, _ = lax.scan(lambda t, c: (add(t, *c), None), totals, tiles)
+        if whole < rows:
+            totals = add(totals, whole, rest(q.codes), rest(absmax))
+    pairs = totals[0] if len(totals) == 1 else lax.concatenate(totals, 1)
+    y = lax.transpose(pairs.reshape(-1, 2, width), (0, 2, 1)).reshape(x.shape[0], 2 * width)
+    return lax.slice_in_dim(y, 0, cols, axis=1).astype(dtype)
