@@ -40,13 +40,18 @@ CASES = [
         {"rank": 64, "placement": "host", "remat": "offload"},
     ),
     ("65B without double quantization", "llama-65b", "a6000", {"double_quant": False}),
-    ("65B streamed, on a 12 GB card", "llama-65b", "rtx4090", {"streamed": True}),
-    ("65B streamed, 2048 tokens", "llama-65b", "rtx4090", {"streamed": True, "seq": 2048}),
+    ("65B streamed, on a 12 GB card", "llama-65b", "rtx4090", {"memory": "12GB", "streamed": True}),
+    (
+        "65B streamed, 2048 tokens",
+        "llama-65b",
+        "rtx4090",
+        {"memory": "12GB", "streamed": True, "seq": 2048},
+    ),
     (
         "65B streamed, rank 64",
         "llama-65b",
         "rtx4090",
-        {"streamed": True, "rank": 64, "placement": "host"},
+        {"memory": "12GB", "streamed": True, "rank": 64, "placement": "host"},
     ),
     (
         "8B, 40,960 tokens",
@@ -94,18 +99,11 @@ def row(what: str, changes: dict, report: Report) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def main() -> None:
-    """Compiles every case and writes the page."""
-    rows = []
-    for what, model, gpu, changes in CASES:
-        report = jq.fit(model, gpu=gpu, **changes)
-        if report.note:
-            raise SystemExit(report.note)
-        rows.append(row(what, changes, report))
-        print(rows[-1], flush=True)
+def page(rows: list[str]) -> str:
+    """The page that holds these rows."""
     settings = ["| setting | effect |", "|---|---|"]
     settings += [f"| {name} | {effect} |" for name, effect in SETTINGS]
-    page = f"""# What fits
+    return f"""# What fits
 
 Written by [`memory.py`](memory.py) with jax {jax.__version__}, Python {platform.python_version()}.
 Each row is the trainer's own step, compiled by XLA's CUDA compiler for a card that was not there:
@@ -126,7 +124,18 @@ What the settings do:
 The last column is the larger of arithmetic, memory traffic and bus at their peaks: a bound from
 below, which no real step reaches.
 """
-    PAGE.write_text(page, "utf-8")
+
+
+def main() -> None:
+    """Compiles every case and writes the page."""
+    rows = []
+    for what, model, gpu, changes in CASES:
+        report = jq.fit(model, gpu=gpu, **changes)
+        if report.note:
+            raise SystemExit(report.note)
+        rows.append(row(what, changes, report))
+        print(rows[-1], flush=True)
+    PAGE.write_text(page(rows), "utf-8")
 
 
 if __name__ == "__main__":

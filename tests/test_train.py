@@ -27,7 +27,7 @@ from jax_qlora.report import Display, Metrics, read_metrics
 from jax_qlora.train import init_state, make_step, recipe, train
 from jax_qlora.train.examples import load_data
 from jax_qlora.train.step import CompiledSteps, check_finite
-from jax_qlora.train.stop import stop_requests
+from jax_qlora.train.stop import interrupts, stop_requests
 from jax_qlora.tree import nbytes
 
 from .helpers import GOLDEN, ROOT, assert_trees_close, golden
@@ -396,6 +396,7 @@ def test_an_interrupted_run_resumes_to_the_same_bits(finished, tmp_path, monkeyp
         assert (Path(config.output) / name).read_bytes() == (Path(whole.output) / name).read_bytes()
 
 
+@needs_host
 def test_a_run_with_streamed_weights_is_the_same_run(finished, tmp_path):
     """The 4-bit weights stay in host memory; every bit of what is learned is the same."""
     whole, _, _ = finished
@@ -537,6 +538,17 @@ def test_a_full_disk_is_found_before_training(tmp_path, monkeypatch):
 
 
 # --- stopping ---------------------------------------------------------------------------------
+
+
+def test_a_ctrl_c_that_python_drops_is_not_lost():
+    with interrupts() as check:
+        check()
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+        with pytest.raises(KeyboardInterrupt):
+            check()  # as where the exception was raised in a callback, and ignored
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_the_second_ctrl_c_stops_at_once():

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 from jax.sharding import SingleDeviceSharding
 
+from .._compat import compiles_transfers
 from ..errors import InputError
 from .array import QuantizedArray
 
@@ -27,13 +28,16 @@ def host_memory(device: Any = None) -> SingleDeviceSharding:
     """
     device = jax.devices()[0] if device is None else device
     kinds = sorted(memory.kind for memory in device.addressable_memories())
-    if "pinned_host" not in kinds:
-        raise InputError(
-            f"Streamed weights on {device.platform} ({device.device_kind}): expected memory of the "
-            f"kind 'pinned_host', found {', '.join(kinds)}. Keep the weights on the device "
-            "(quant.streamed = false)."
-        )
-    return SingleDeviceSharding(device, memory_kind="pinned_host")
+    if "pinned_host" in kinds:
+        host = SingleDeviceSharding(device, memory_kind="pinned_host")
+        if compiles_transfers(SingleDeviceSharding(device, memory_kind="device"), host):
+            return host
+    raise InputError(
+        f"Streamed weights on {device.platform} ({device.device_kind}): expected memory of the "
+        "kind 'pinned_host' with copies in compiled code, found the kinds "
+        f"{', '.join(kinds)} and jax {jax.__version__}. GPUs and TPUs have that, CPUs from jax "
+        "0.12 on. Keep the weights on the device (quant.streamed = false)."
+    )
 
 
 def stream(tree: Any, *, device: Any = None) -> Any:

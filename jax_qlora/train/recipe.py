@@ -36,7 +36,7 @@ from .answers import Answers, held_out_prompts, system_prompt
 from .examples import load_data, read_description
 from .outcome import finish
 from .step import CompiledSteps, TrainState, check_finite, init_state, make_step
-from .stop import stop_requests
+from .stop import interrupts, stop_requests
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +74,7 @@ def train(config: Config, *, console: Console | None = None) -> Result:
     check_config(config)
     total, run = config.train.steps, Path(config.output)
     saved = run / "checkpoints"
-    with Display(console or Console()) as show:
+    with Display(console or Console()) as show, interrupts() as check_interrupt:
         # Whatever can be wrong is looked at before the weights are read.
         checkpoint.check_identity(saved, run_identity(config))
         if checkpoint.saved_steps(saved)[-1:] == [total] and (run / "run.json").exists():
@@ -98,6 +98,7 @@ def train(config: Config, *, console: Console | None = None) -> Result:
         )
 
         # The optimizer sees the trainable tree alone.
+        check_interrupt()
         optimizer, schedule = make_optimizer(config.optim, total)
         half = jnp.dtype(model.compute_dtype) == jnp.float16
         state = init_state(trainable, optimizer, half=half, paging=paging)
@@ -142,6 +143,7 @@ def train(config: Config, *, console: Console | None = None) -> Result:
             keep = config.train.keep_checkpoints
             checkpoint.save(saved, int(state.step), state, identity=identity, keep=keep)
 
+        check_interrupt()
         with stop_requests(show.print) as stop:
 
             def measure(state: TrainState) -> None:

@@ -12,6 +12,37 @@ Stop = Callable[[], int]
 
 
 @contextmanager
+def interrupts() -> Iterator[Callable[[], None]]:
+    """Make sure that a Ctrl-C is not lost before there is anything to save.
+
+    It raises `KeyboardInterrupt` as ever. But Python drops an exception that happens to rise inside
+    a garbage collector's callback, of which jax has one: so the request is remembered as well.
+
+    Yields:
+        A function that raises `KeyboardInterrupt` if Ctrl-C has been pressed.
+    """
+    asked = False
+
+    def ask(number: int, frame: Any) -> None:
+        nonlocal asked
+        asked = True
+        raise KeyboardInterrupt
+
+    def check() -> None:
+        if asked:
+            raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield check
+        return
+    before = signal.signal(signal.SIGINT, ask)
+    try:
+        yield check
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
 def stop_requests(say: Callable[[str], None]) -> Iterator[Stop]:
     """Turn SIGINT and SIGTERM into a question that the loop asks between steps.
 

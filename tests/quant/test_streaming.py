@@ -17,11 +17,16 @@ from jax_qlora.quant import streaming
 from tests.helpers import normal
 from tests.lift.cases import random_adapter
 
+needs_host = pytest.mark.skipif(
+    jax.__version_info__ < (0, 12), reason="jax 0.10 compiles no copies to host memory on a CPU"
+)
+
 
 def kinds(tree: Any) -> set[str]:
     return {x.sharding.memory_kind for x in jax.tree.leaves(tree)}
 
 
+@needs_host
 def test_what_is_streamed_says_so():
     q = jq.quantize_array(normal((2, 64, 32)))
     flat = jq.quantize_array(normal((64, 32)))
@@ -32,11 +37,10 @@ def test_what_is_streamed_says_so():
     np.testing.assert_array_equal(jq.dequantize(tree["stack"]), jq.dequantize(q))
 
 
+@needs_host
 @pytest.mark.parametrize("remat", ["none", "dots", "full", "offload"])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_a_scanned_model_keeps_its_bits(remat: str, dtype: Any):
-    if remat in ("none", "dots") and dtype == jnp.bfloat16:
-        pytest.skip("the same code as in float32")
     model = jq.lift(decoder_functions(TINY, compute_dtype=dtype, remat=remat).apply)
     params = init_params(jax.random.key(0), TINY)
     tokens = jnp.arange(24, dtype=jnp.int32).reshape(2, 12)
@@ -57,6 +61,7 @@ def test_a_scanned_model_keeps_its_bits(remat: str, dtype: Any):
     jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
+@needs_host
 def test_merging_fetches():
     q = {"w": jq.quantize_array(normal((2, 64, 32)))}
     np.testing.assert_array_equal(jq.merge(jq.stream(q))["w"], jq.merge(q)["w"])
@@ -73,10 +78,11 @@ def test_a_device_without_host_memory():
             return [Memory()]
 
     bare = Bare()
-    with pytest.raises(InputError, match="npu .* found device. Keep the weights on the device"):
+    with pytest.raises(InputError, match="npu .* the kinds device and jax .* Keep the weights"):
         streaming.host_memory(bare)
 
 
+@needs_host
 def test_a_streamed_slice_is_complete_in_itself():
     q = jq.stream({"w": jq.quantize_array(normal((3, 64, 32)))})["w"]
     first = jax.tree.map(lambda x: x[0], q)
