@@ -70,6 +70,8 @@ def main() -> int:
         report.floor("time, nf4 / peft + bitsandbytes", ratio(ours.seconds, theirs.seconds), 1.2)
         peak = memory[OURS]["peak_mib"] / memory[REFERENCE]["peak_mib"]
         report.floor("peak memory of the process, nf4 / peft + bitsandbytes", peak, 0.7)
+        above = [memory[n]["peak_mib"] - memory[n]["import_mib"] for n in (OURS, REFERENCE)]
+        report.floor("the same above imports", above[0] / above[1], 0.7)
     return report.finish()
 
 

@@ -124,7 +124,7 @@ def _reshape(eqn: JaxprEqn, view: View) -> View | None:
             return None
         dims.append(dim)
     every = range(-len(view.leaf_shape), 0)
-    pieces = [(a, i) for a in every for i in range(len(parts.get(a, "1")))]
+    pieces = [(a, i) for a in every for i in range(len(parts[a]) if a in parts else 1)]
     number = {piece: n - len(pieces) for n, piece in enumerate(pieces)}
     return View(
         leaf_shape=tuple(parts[a][i] if a in parts else view.leaf_shape[a] for a, i in pieces),
