@@ -2,7 +2,7 @@
 """Memory of a training step by arithmetic: what is held exactly, what is temporary to about 10 %.
 
 The planner's answer where the compiler is not installed, and its way to look at many alternatives
-at once. The constants of `_working` were fitted to the compiler's plans; a test compares the two.
+at once. The constants of `_temporaries` were fitted to the compiler's plans; tests compare the two.
 """
 
 import dataclasses
@@ -12,6 +12,7 @@ from ..config import Config
 from ..lora import Target, Targets
 from ..lora.targets import pick_by_pattern
 from ..models import DecoderConfig
+from ..models.decoder import MLP_TOKENS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -124,12 +125,16 @@ def _temporaries(decoder: DecoderConfig, config: Config, trainable: int, seq: in
     saved = 2 * layers * tokens * kept
     kernel = 0 if config.method == "lora" else 2 * max(d * ff, d * q)
     gradients = trainable
-    working = _working(tokens, d, q, kv, ff, kernel)
+    working = 2 * kernel + tokens * (12 * d + 8 * q + 2 * kv) + _gated(seq, tokens, ff)
+    if config.train.remat == "offload":
+        working += 4 * tokens * d  # on their way to the host and back
+    if config.quant.streamed:
+        working += 3 * (2 * d * q + 2 * d * kv + 3 * d * ff) // 4  # packed, fetched ahead
     logits = 10 * min(config.train.loss_chunk, tokens) * decoder.vocab_size
     accumulated = trainable if config.train.accumulate > 1 else 0
     return saved + max(gradients + working, logits) + accumulated
 
 
-def _working(tokens: int, d: int, q: int, kv: int, ff: int, kernel: int) -> int:
-    """The backward of one layer: two decoded kernels, and activations of the MLP or attention."""
-    return 2 * kernel + tokens * (10 * ff + 12 * d + 8 * q)
+def _gated(seq: int, tokens: int, ff: int) -> int:
+    """Bytes of the MLP's inner activations, which a long sequence has a chunk at a time."""
+    return 10 * tokens * ff if seq <= MLP_TOKENS else 6 * MLP_TOKENS * ff

@@ -3,6 +3,7 @@
 
 import importlib.metadata
 import json
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,21 @@ def test_refusals():
         jq.fit("llama-2-7b", rank=0, prove=False)
     with pytest.raises(InputError, match="8192 tokens: expected at most 4096, the context"):
         jq.fit("llama-2-7b", seq=8192, prove=False)
+
+
+def test_the_formula_is_within_a_tenth_of_the_compilers_published_plans():
+    """Every row of docs/memory.md, from 512 to 78,848 tokens, and its case in docs/memory.py."""
+    docs = Path(__file__).parents[2] / "docs"
+    cases = runpy.run_path(str(docs / "memory.py"))["CASES"]
+    lines = [line for line in (docs / "memory.md").read_text().splitlines() if " GeForce" in line
+             or " RTX" in line or " A100" in line]  # fmt: skip
+    assert len(lines) == len(cases)
+    for line, (what, model, gpu, changes) in zip(lines, cases, strict=True):
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        formula = jq.fit(model, gpu=gpu, prove=False, **changes)
+        assert cells[0] == what
+        assert formula.device_bytes / GIB == pytest.approx(float(cells[3]), rel=0.1), what
+        assert formula.host_bytes / GIB == pytest.approx(float(cells[4]), rel=0.1, abs=0.01), what
 
 
 def test_the_command(capsys, tmp_path: Path):
