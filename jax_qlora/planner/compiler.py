@@ -22,24 +22,10 @@ PLUGIN = "jax-cuda13-pjrt"
 
 
 class Planned(NamedTuple):
-    """Bytes that a compiled program needs.
+    """Bytes that a compiled program needs at the worst moment, on the device and on the host."""
 
-    Attributes:
-        arguments: Of its arguments on the device.
-        outputs: Of results on the device that do not reuse an argument's memory.
-        temporaries: Of everything else on the device, at the worst moment.
-        host: In host memory.
-    """
-
-    arguments: int
-    outputs: int
-    temporaries: int
+    device: int
     host: int
-
-    @property
-    def device(self) -> int:
-        """All bytes on the device at the worst moment."""
-        return self.arguments + self.outputs + self.temporaries
 
 
 def missing_wheels() -> str | None:
@@ -136,15 +122,12 @@ def place(tree: Any, sharding: SingleDeviceSharding) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
 
 
-def plan(lowered: Any, options: dict[str, Any]) -> tuple[Planned, Any]:
-    """Compiles a lowered program.
+def plan(lowered: Any, options: dict[str, Any]) -> Planned:
+    """Compiles a lowered program and returns the memory it needs.
 
     Args:
         lowered: From `jax.jit(f).lower(...)`, arguments placed by `place`.
         options: What else the compiler is told.
-
-    Returns:
-        The memory it needs, and the executable.
     """
     Placed.hidden = True
     try:
@@ -154,13 +137,11 @@ def plan(lowered: Any, options: dict[str, Any]) -> tuple[Planned, Any]:
         Placed.hidden = False
     memory = compiled.memory_analysis()
 
-    def host(name: str) -> int:
-        return getattr(memory, f"host_{name}_size_in_bytes", 0)
+    def total(side: str) -> int:
+        argument, output, alias, temp = (
+            getattr(memory, f"{side}{name}_size_in_bytes")
+            for name in ("argument", "output", "alias", "temp")
+        )
+        return argument + output - alias + temp
 
-    planned = Planned(
-        arguments=memory.argument_size_in_bytes,
-        outputs=memory.output_size_in_bytes - memory.alias_size_in_bytes,
-        temporaries=memory.temp_size_in_bytes,
-        host=host("argument") + host("output") - host("alias") + host("temp"),
-    )
-    return planned, compiled
+    return Planned(device=total(""), host=total("host_"))

@@ -3,6 +3,7 @@
 
 import dataclasses
 import difflib
+import functools
 import json
 import os
 import subprocess
@@ -20,6 +21,7 @@ from ..lora import Targets
 from ..models import DecoderConfig
 from ..models.presets import PRESETS
 from ..train.recipe import find_decoder_targets
+from .compiler import missing_wheels
 from .formula import Bytes, estimate
 from .gpus import GIB, Gpu, find_gpu, parse_memory
 from .report import Report
@@ -82,7 +84,15 @@ def fit(
             f"{seq} tokens: expected at most {decoder.max_length}, the context of '{name}'. "
             "Lower --seq."
         )
-    targets = None if config.method == "full" else find_decoder_targets(decoder, config)
+
+    @functools.cache
+    def found_targets() -> Targets:
+        return find_decoder_targets(decoder, config)
+
+    def targets_of(config: Config) -> Targets | None:
+        return None if config.method == "full" else found_targets()
+
+    targets = targets_of(config)
     planned = estimate(decoder, config, targets, seq=seq)
     source, note, compiled = "formula", "", {}
     if prove:
@@ -90,26 +100,11 @@ def fit(
     scale = 1.0
     if compiled:
         source = f"XLA's CUDA compiler, jax {compiled['jax']}"
-        scale = compiled["temporaries"] / max(planned.temporaries, 1)
-        paged = config.optim.placement == "host"
-        planned = Bytes(
-            base=compiled["base"],
-            constants=compiled["constants"],
-            trainable=compiled["trainable"],
-            optimizer=0 if paged else compiled["optimizer"],
-            temporaries=compiled["device_bytes"]
-            - compiled["base"]
-            - compiled["constants"]
-            - compiled["trainable"]
-            - (0 if paged else compiled["optimizer"]),
-            host=compiled["host_bytes"],
-        )
+        formula, planned = planned, Bytes(**compiled["planned"])
+        scale = planned.temporaries / max(formula.temporaries, 1)
 
     def other(config: Config, seq: int) -> Bytes:
-        chosen = None if config.method == "full" else targets
-        if chosen is None and config.method != "full":
-            chosen = find_decoder_targets(decoder, config)
-        found = estimate(decoder, config, chosen, seq=seq)
+        found = estimate(decoder, config, targets_of(config), seq=seq)
         return dataclasses.replace(found, temporaries=int(found.temporaries * scale))
 
     budget = card.memory - MARGIN
@@ -184,13 +179,10 @@ def _compile(
     decoder: DecoderConfig, config: Config, gpu: Gpu, seq: int
 ) -> tuple[dict[str, Any], str]:
     """What the compiler plans, and why it could not where it could not."""
-    from .compiler import missing_wheels
-    from .worker import decoder_to_json
-
     if why := missing_wheels():
         return {}, why
     case = {
-        "decoder": decoder_to_json(decoder),
+        "decoder": dataclasses.asdict(decoder),
         "config": _table(config),
         "gpu": dataclasses.asdict(gpu),
         "seq": seq,

@@ -9,7 +9,7 @@ import contextlib
 import json
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import jax
@@ -21,14 +21,13 @@ from ..quant import QuantizedArray
 from ..train.step import compiler_options
 from ..tree import nbytes
 from .compiler import Placed, describe_device, place, plan
+from .formula import Bytes
 from .gpus import Gpu
 from .shapes import Run, abstract_run
 
 
-def compile_case(
-    decoder: DecoderConfig, config: Config, gpu: Gpu, *, seq: int
-) -> tuple[dict[str, Any], Any]:
-    """Compiles the training step for a card; returns bytes of each part, and the executable."""
+def compile_case(decoder: DecoderConfig, config: Config, gpu: Gpu, *, seq: int) -> Bytes:
+    """Compiles the training step for a card; returns what it needs, by part."""
     target = describe_device(gpu)
     device, host = Placed(target, "device"), Placed(target, "pinned_host")
     paged = config.optim.placement == "host"
@@ -52,34 +51,27 @@ def compile_case(
         run.frozen,
         is_leaf=lambda x: isinstance(x, QuantizedArray),
     )
-    began = time.monotonic()
-    planned, compiled = plan(step.lower(state, frozen, batch), compiler_options(config, "gpu"))
-    figures = {
-        **held(run),
-        "device_bytes": planned.device,
-        "host_bytes": planned.host,
-        "temporaries": planned.temporaries + planned.outputs,
-        "seconds": round(time.monotonic() - began, 1),
-        "jax": jax.__version__,
-    }
-    return figures, compiled
+    planned = plan(step.lower(state, frozen, batch), compiler_options(config, "gpu"))
+    parts = held(run)
+    if paged:
+        parts = replace(parts, optimizer=0)
+    return replace(parts, temporaries=planned.device - parts.device, host=planned.host)
 
 
-def held(run: Run) -> dict[str, int]:
-    """Bytes of what a run holds on the device between steps, by part."""
+def held(run: Run) -> Bytes:
+    """What a run holds between steps; streamed kernels, on the host, are left out."""
     constants = streamed = 0
     for x in jax.tree.leaves(run.frozen, is_leaf=lambda x: isinstance(x, QuantizedArray)):
         if isinstance(x, QuantizedArray) and x.streamed:
             streamed += nbytes(x)
         elif isinstance(x, QuantizedArray):
             constants += nbytes((x.absmax, x.absmax_scale, x.absmax_offset))
-    return {
-        "base": nbytes(run.frozen) - constants - streamed,
-        "constants": constants,
-        "trainable": nbytes(run.state.trainable),
-        "optimizer": nbytes(run.state.optimizer),
-        "batch": nbytes(run.batch),
-    }
+    return Bytes(
+        base=nbytes(run.frozen) - constants - streamed,
+        constants=constants,
+        trainable=nbytes(run.state.trainable),
+        optimizer=nbytes(run.state.optimizer),
+    )
 
 
 def main() -> int:
@@ -88,22 +80,16 @@ def main() -> int:
     decoder = decoder_from_json(case["decoder"])
     config = from_table(case["config"], where="settings")
     gpu = Gpu(**{**case["gpu"], "capability": tuple(case["gpu"]["capability"])})
+    began = time.monotonic()
     with contextlib.redirect_stdout(sys.stderr):
-        figures, compiled = compile_case(decoder, config, gpu, seq=case["seq"])
-    if case.get("hlo"):
-        with open(case["hlo"], "w", encoding="utf-8") as file:
-            file.write(compiled.as_text())
-    print(json.dumps(figures))
+        planned = compile_case(decoder, config, gpu, seq=case["seq"])
+    seconds = round(time.monotonic() - began, 1)
+    print(json.dumps({"planned": asdict(planned), "seconds": seconds, "jax": jax.__version__}))
     return 0
 
 
-def decoder_to_json(decoder: DecoderConfig) -> dict[str, Any]:
-    """A model's shape as plain values."""
-    return asdict(decoder)
-
-
 def decoder_from_json(values: dict[str, Any]) -> DecoderConfig:
-    """Inverse of `decoder_to_json`."""
+    """A model's shape from its fields, as `dataclasses.asdict` and JSON give them."""
     scaling = values.get("rope_scaling")
     return DecoderConfig(
         **{

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The planner: what it answers, what it refuses, and that the compiler agrees with the formula."""
 
+import dataclasses
 import importlib.metadata
 import json
 import runpy
@@ -19,7 +20,7 @@ from jax_qlora.planner.formula import estimate
 from jax_qlora.planner.gpus import GIB
 from jax_qlora.planner.plan import DEFAULTS, _replaced
 from jax_qlora.planner.shapes import abstract_run
-from jax_qlora.planner.worker import decoder_from_json, decoder_to_json, held
+from jax_qlora.planner.worker import decoder_from_json, held
 from jax_qlora.train.recipe import find_decoder_targets
 from tests.helpers import GOLDEN
 
@@ -48,9 +49,9 @@ def test_what_is_held_is_exact(decoder, config):
     targets = None if config.method == "full" else find_decoder_targets(decoder, config)
     found = estimate(decoder, config, targets, seq=32)
     want = held(abstract_run(decoder, config, seq=32))
-    got = {name: getattr(found, name) for name in ("base", "constants", "trainable", "optimizer")}
-    for name, size in got.items():
-        assert abs(size - want[name]) <= 64 + want[name] * 1e-4, name
+    for name in ("base", "constants", "trainable", "optimizer"):
+        got, exact = getattr(found, name), getattr(want, name)
+        assert abs(got - exact) <= 64 + exact * 1e-4, name
 
 
 def test_paged_state_and_layer_inputs_are_on_the_host():
@@ -116,7 +117,7 @@ def test_models_as_people_name_them(tmp_path: Path):
     with pytest.raises(InputError, match="'lama-2-7b' is no preset: did you mean llama-2-7b"):
         read_decoder("lama-2-7b")
     for decoder in PRESETS.values():
-        assert decoder_from_json(json.loads(json.dumps(decoder_to_json(decoder)))) == decoder
+        assert decoder_from_json(json.loads(json.dumps(dataclasses.asdict(decoder)))) == decoder
 
 
 def test_refusals():
