@@ -15,7 +15,7 @@ import pytest
 from jax_qlora import checkpoint
 from jax_qlora.errors import InputError
 from jax_qlora.optim import Paging, adamw, make_paging, paged
-from jax_qlora.optim import paging as paging_module
+from jax_qlora.quant import streaming
 
 from .helpers import normal
 
@@ -150,7 +150,7 @@ def test_a_device_without_host_memory_is_refused_at_once(monkeypatch):
     ):
         paged(adamw(1e-2))
     monkeypatch.undo()
-    monkeypatch.setattr(paging_module, "compiles_transfers", lambda *shardings: False)
+    monkeypatch.setattr(streaming, "compiles_transfers", lambda *shardings: False)
     with pytest.raises(InputError, match="Optimizer state with placement .* Use placement"):
         make_paging("host")
 

@@ -19,7 +19,7 @@ from ..models import DecoderConfig, abstract_params
 from ..quant import QuantizedArray, quantize_rows, stream
 from ..quant.array import dequantize_rows
 from ..quant.blockwise import quantize_absmax
-from ..quant.streaming import host_memory
+from ..quant.streaming import streaming_memory
 from ..tree import map_with_path
 from ..typing import Array, PyTree
 from .bnb import bnb_parts, read_bnb
@@ -88,7 +88,7 @@ def load_params(
     """
     _check_names(tensors, config, where)
     _check_shapes(tensors, config, where)
-    host = host_memory() if streamed else None
+    host = streaming_memory() if streamed else None
     source = _Source(tensors, config, where, encoding, dtype, host)
     return map_with_path(lambda path, _: source.load(path), abstract_params(config))
 

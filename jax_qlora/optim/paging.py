@@ -13,8 +13,7 @@ import jax
 import optax
 from jax.sharding import Sharding, SingleDeviceSharding
 
-from .._compat import compiles_transfers
-from ..errors import InputError
+from ..quant.streaming import host_memory
 from ..typing import PyTree
 
 
@@ -43,19 +42,12 @@ def make_paging(placement: Literal["device", "host"], *, device: Any = None) -> 
     if placement == "device":
         return Paging(to_device=lambda tree: tree, to_host=lambda tree: tree)
     device = jax.devices()[0] if device is None else device
-    kinds = sorted(memory.kind for memory in device.addressable_memories())
-    if {"device", "pinned_host"} <= set(kinds):
-        here = SingleDeviceSharding(device, memory_kind="device")
-        host = SingleDeviceSharding(device, memory_kind="pinned_host")
-        if compiles_transfers(here, host):
-            return page_between(here, host)
-    raise InputError(
-        f'Optimizer state with placement "host" on {device.platform} ({device.device_kind}): '
-        "expected memory of the kinds 'device' and 'pinned_host' with copies between them in "
-        f"compiled code, found the kinds {', '.join(kinds)} and jax {jax.__version__}. GPUs and "
-        'TPUs have that, CPUs from jax 0.12 on. Use placement "device"; state "8bit" makes it four '
-        "times smaller."
+    host = host_memory(
+        'Optimizer state with placement "host"',
+        instead='Use placement "device"; state "8bit" makes it four times smaller.',
+        device=device,
     )
+    return page_between(SingleDeviceSharding(device, memory_kind="device"), host)
 
 
 def page_between(device: Sharding, host: Sharding) -> Paging:

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 
 from ..config import Config
 from ..lift import lift
-from ..lora import init_adapter, quantize
+from ..lora import quantize
 from ..models import DecoderConfig, Model, abstract_params, decoder_functions
 from ..optim import Paging
 from ..quant import QuantizedArray
-from ..train.recipe import find_decoder_targets, make_optimizer
+from ..train.recipe import find_decoder_targets, make_adapter, make_optimizer
 from ..train.step import Step, init_state, make_step
 from ..tree import map_with_path
 from ..typing import PyTree
@@ -73,7 +73,7 @@ def abstract_run(
         frozen = None
         trainable = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), params)
     else:
-        targets, lora, quant = find_decoder_targets(decoder, config), config.lora, config.quant
+        targets, quant = find_decoder_targets(decoder, config), config.quant
         frozen = params
         if config.method == "qlora":
             frozen = jax.eval_shape(
@@ -88,19 +88,7 @@ def abstract_run(
             )
         if quant.streamed:
             frozen = jax.tree.map(_streamed, frozen, is_leaf=_is_quantized)
-        trainable = jax.eval_shape(
-            lambda key: init_adapter(
-                key,
-                targets,
-                rank=lora.rank,
-                alpha=lora.alpha,
-                dropout=lora.dropout,
-                rslora=lora.rslora,
-                rank_pattern=lora.rank_pattern,
-                alpha_pattern=lora.alpha_pattern,
-            ),
-            jax.random.key(0),
-        )
+        trainable = jax.eval_shape(lambda: make_adapter(config, targets))
     optimizer, _ = make_optimizer(config.optim, config.train.steps)
     step = make_step(model, optimizer, config, width=seq - 1, half=half, paging=paging)
     state = jax.eval_shape(lambda t: init_state(t, optimizer, half=half), trainable)

@@ -17,26 +17,44 @@ from ..errors import InputError
 from .array import QuantizedArray
 
 
-def host_memory(device: Any = None) -> SingleDeviceSharding:
-    """Where streamed kernels are kept: the page-locked host memory of a device.
+def host_memory(what: str, *, instead: str, device: Any = None) -> SingleDeviceSharding:
+    """Where arrays wait in the page-locked host memory of a device, for compiled code to fetch.
 
     Args:
-        device: the device; by default the first.
+        what: what is to wait there, for the message.
+        instead: what to do where there is no such memory.
+        device: a `jax.Device`; by default the first.
 
     Raises:
-        InputError: the device has none.
+        InputError: the device has no host memory that compiled code can copy from and to.
     """
     device = jax.devices()[0] if device is None else device
     kinds = sorted(memory.kind for memory in device.addressable_memories())
-    if "pinned_host" in kinds:
+    if {"device", "pinned_host"} <= set(kinds):
         host = SingleDeviceSharding(device, memory_kind="pinned_host")
         if compiles_transfers(SingleDeviceSharding(device, memory_kind="device"), host):
             return host
     raise InputError(
-        f"Streamed weights on {device.platform} ({device.device_kind}): expected memory of the "
-        "kind 'pinned_host' with copies in compiled code, found the kinds "
+        f"{what} on {device.platform} ({device.device_kind}): expected memory of the kinds "
+        "'device' and 'pinned_host' with copies between them in compiled code, found the kinds "
         f"{', '.join(kinds)} and jax {jax.__version__}. GPUs and TPUs have that, CPUs from jax "
-        "0.12 on. Keep the weights on the device (quant.streamed = false)."
+        f"0.12 on. {instead}"
+    )
+
+
+def streaming_memory(device: Any = None) -> SingleDeviceSharding:
+    """Where streamed kernels are kept.
+
+    Args:
+        device: a `jax.Device`; by default the first.
+
+    Raises:
+        InputError: the device has no host memory.
+    """
+    return host_memory(
+        "Streamed weights",
+        instead="Keep the weights on the device (quant.streamed = false).",
+        device=device,
     )
 
 
@@ -53,7 +71,7 @@ def stream(tree: Any, *, device: Any = None) -> Any:
     Raises:
         InputError: the device has no host memory.
     """
-    host = host_memory(device)
+    host = streaming_memory(device)
 
     def one(x: Any) -> Any:
         if not isinstance(x, QuantizedArray) or not x.lead:

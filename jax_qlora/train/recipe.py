@@ -26,7 +26,7 @@ from ..errors import InputError
 from ..evaluate import Batch, answer_loss, assemble, held_out_batches, held_out_loss
 from ..interop.load import load_model, training_compute_dtype
 from ..lift import find_targets, lift
-from ..lora import Targets, init_adapter, summary
+from ..lora import Adapter, Targets, init_adapter, summary
 from ..models import DecoderConfig, Model, abstract_params, decoder_functions
 from ..optim import adamw, make_paging, make_schedule
 from ..report import Display, Metrics, write_text
@@ -248,6 +248,21 @@ def find_decoder_targets(decoder: DecoderConfig, config: Config) -> Targets:
     )
 
 
+def make_adapter(config: Config, targets: Targets) -> Adapter:
+    """Return the fresh adapter that `config` describes."""
+    lora = config.lora
+    return init_adapter(
+        jax.random.key(config.seed),
+        targets,
+        rank=lora.rank,
+        alpha=lora.alpha,
+        dropout=lora.dropout,
+        rslora=lora.rslora,
+        rank_pattern=lora.rank_pattern,
+        alpha_pattern=lora.alpha_pattern,
+    )
+
+
 def load(
     config: Config, targets: Targets | None, show: Display
 ) -> tuple[Model, PyTree, PyTree | None]:
@@ -261,7 +276,7 @@ def load(
     Raises:
         InputError: The model cannot be read.
     """
-    dtype, lora = config.train.compute_dtype, config.lora
+    dtype = config.train.compute_dtype
     model = load_model(
         config.model,
         quantization=config.quant.format if config.method == "qlora" else None,
@@ -275,16 +290,7 @@ def load(
         show.print(summary(model.params))
         params = jax.tree.map(lambda x: x.astype(jnp.float32), model.params)
         return dataclasses.replace(model, params=None), params, None
-    adapter = init_adapter(
-        jax.random.key(config.seed),
-        targets,
-        rank=lora.rank,
-        alpha=lora.alpha,
-        dropout=lora.dropout,
-        rslora=lora.rslora,
-        rank_pattern=lora.rank_pattern,
-        alpha_pattern=lora.alpha_pattern,
-    )
+    adapter = make_adapter(config, targets)
     show.print(summary(model.params, adapter))
     return model, adapter, model.params
 

@@ -79,7 +79,7 @@ def test_a_device_without_host_memory():
 
     bare = Bare()
     with pytest.raises(InputError, match="npu .* the kinds device and jax .* Keep the weights"):
-        streaming.host_memory(bare)
+        streaming.streaming_memory(bare)
 
 
 @needs_host
