@@ -16,7 +16,7 @@ import numpy as np
 import optax
 from jax import lax
 
-from ..quant.blockwise import pad_to_multiple
+from ..quant.blockwise import pad_to_multiple, reciprocal
 from ..quant.codebook import DYNAMIC_MAP, UNSIGNED_DYNAMIC_MAP
 from ..typing import Array, Float32, PyTree, UInt8
 
@@ -150,9 +150,7 @@ def quantize_blocks(
         find_codes: `nearest_codes`, or another rounding.
     """
     absmax = jnp.max(jnp.abs(x), axis=-1)
-    some = absmax > 0
-    inverse = jnp.where(some, jnp.float32(1) / jnp.where(some, absmax, jnp.float32(1)), 0.0)
-    scaled = jnp.clip(x * inverse[:, None], -1.0, 1.0)
+    scaled = jnp.clip(x * reciprocal(absmax)[:, None], -1.0, 1.0)
     return Moment8(codes=find_codes(scaled, levels), absmax=absmax)
 
 

@@ -38,7 +38,7 @@ def _rank(scaled: Array, x: Array, boundaries: np.ndarray) -> Array:
     return functools.reduce(jnp.add, [b.astype(jnp.uint8) for b in below])
 
 
-def _reciprocal(absmax: Array) -> Array:
+def reciprocal(absmax: Array) -> Array:
     """1 / absmax, and 0 where absmax is 0."""
     return jnp.where(absmax > 0, jnp.float32(1) / jnp.where(absmax > 0, absmax, 1), jnp.float32(0))
 
@@ -72,7 +72,7 @@ def quantize_blockwise(
     x = pad_to_multiple(x.astype(jnp.float32), block_size)
     blocks = x.reshape(*x.shape[:-1], x.shape[-1] // block_size, block_size)
     absmax = jnp.max(jnp.abs(blocks), axis=-1)
-    scaled = jnp.clip(blocks * _reciprocal(absmax)[..., None], -1.0, 1.0)
+    scaled = jnp.clip(blocks * reciprocal(absmax)[..., None], -1.0, 1.0)
     codes = _rank(scaled, blocks, book.boundaries)
     if not np.array_equal(book.order, np.arange(16)):  # fp4's levels are not in code order
         codes = jnp.asarray(book.order)[codes]
@@ -152,7 +152,7 @@ def quantize_absmax(
     residual = pad_to_multiple(absmax - offset, group_size)
     groups = residual.reshape(-1, group_size)
     scale = jnp.max(jnp.abs(groups), axis=-1)
-    scaled = jnp.clip(groups * _reciprocal(scale)[:, None], -1.0, 1.0)
+    scaled = jnp.clip(groups * reciprocal(scale)[:, None], -1.0, 1.0)
     codes = jnp.searchsorted(jnp.asarray(DYNAMIC_BOUNDARIES), scaled, side="left")
     return codes.astype(jnp.uint8).reshape(-1)[: absmax.shape[0]], scale, offset
 

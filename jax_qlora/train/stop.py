@@ -19,7 +19,10 @@ def interrupts() -> Iterator[Callable[[], None]]:
     a garbage collector's callback, of which jax has one: so the request is remembered as well.
 
     Yields:
-        A function that raises `KeyboardInterrupt` if Ctrl-C has been pressed.
+        A function to call now and then.
+
+    Raises:
+        KeyboardInterrupt: at Ctrl-C, and from the yielded function if it has been pressed.
     """
     asked = False
 
@@ -54,6 +57,9 @@ def stop_requests(say: Callable[[str], None]) -> Iterator[Stop]:
 
     Yields:
         A function that returns the signal's number once one has arrived, and 0 before.
+
+    Raises:
+        KeyboardInterrupt: at the second Ctrl-C.
     """
     asked = 0
 
