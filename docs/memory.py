@@ -12,8 +12,8 @@ from pathlib import Path
 import jax
 
 import jax_qlora as jq
+from jax_qlora.costs.gpus import GIB
 from jax_qlora.planner import Report
-from jax_qlora.planner.gpus import GIB
 
 PAGE = Path(__file__).parent / "memory.md"
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Will it fit? The memory of a training step on a GPU, planned by XLA's compiler without one."""
 
-from .gpus import GPUS as GPUS
+from ..costs.gpus import GPUS as GPUS
 from .plan import fit as fit
 from .plan import read_decoder as read_decoder
 from .report import Report as Report

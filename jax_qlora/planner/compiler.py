@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import SingleDeviceSharding
 
+from ..costs.gpus import Gpu
 from ..errors import InputError
-from .gpus import Gpu
 
 PLUGIN = "jax-cuda13-pjrt"
 

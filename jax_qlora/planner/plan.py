@@ -13,6 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from ..config import Config, TrainConfig, flat_settings, from_table
+from ..costs.formula import Bytes, estimate
+from ..costs.gpus import GIB, Gpu, find_gpu, parse_memory
+from ..costs.roofline import least_seconds
 from ..errors import InputError
 from ..interop.download import resolve
 from ..interop.gguf import read_gguf
@@ -22,10 +25,7 @@ from ..models import DecoderConfig
 from ..models.presets import PRESETS
 from ..train.recipe import find_decoder_targets
 from .compiler import missing_wheels
-from .formula import Bytes, estimate
-from .gpus import GIB, Gpu, find_gpu, parse_memory
 from .report import Report
-from .roofline import least_seconds
 
 MARGIN = GIB
 """What is kept free of a card: the driver's context, workspaces, fragmentation, a desktop."""

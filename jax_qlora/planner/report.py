@@ -6,9 +6,9 @@ import io
 from typing import Any
 
 from ..config import Config
+from ..costs.formula import Bytes
+from ..costs.gpus import GIB
 from ..lora.summary import table
-from .formula import Bytes
-from .gpus import GIB
 
 _PARTS = ("base", "constants", "trainable", "optimizer", "temporaries")
 _COLORS = ("#2f6fb5", "#8fb8de", "#d9631e", "#f0b48a", "#9aa5b1")

@@ -15,14 +15,14 @@ from typing import Any
 import jax
 
 from ..config import Config, from_table
+from ..costs.formula import Bytes
+from ..costs.gpus import Gpu
 from ..models import DecoderConfig, RopeScaling
 from ..optim import page_between
 from ..quant import QuantizedArray
 from ..train.step import compiler_options
 from ..tree import nbytes
 from .compiler import Placed, describe_device, place, plan
-from .formula import Bytes
-from .gpus import Gpu
 from .shapes import Run, abstract_run
 
 

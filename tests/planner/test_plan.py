@@ -13,11 +13,11 @@ import pytest
 
 import jax_qlora as jq
 from jax_qlora.cli.main import main
+from jax_qlora.costs.formula import estimate
+from jax_qlora.costs.gpus import GIB
 from jax_qlora.errors import InputError
 from jax_qlora.models.presets import LLAMA_2_7B, LLAMA_3_1_8B, PRESETS, TINY
 from jax_qlora.planner import GPUS, compiler, read_decoder
-from jax_qlora.planner.formula import estimate
-from jax_qlora.planner.gpus import GIB
 from jax_qlora.planner.plan import DEFAULTS, _replaced
 from jax_qlora.planner.shapes import abstract_run
 from jax_qlora.planner.worker import decoder_from_json, held

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 import pytest
 
+from jax_qlora.costs.gpus import GIB, GPUS, find_gpu, parse_memory
 from jax_qlora.errors import InputError
-from jax_qlora.planner.gpus import GIB, GPUS, find_gpu, parse_memory
 
 
 @pytest.mark.parametrize("name", ["rtx4090", "RTX 4090", "NVIDIA GeForce RTX 4090", "a100-80gb"])
