@@ -32,16 +32,22 @@ _NO_KEY_YET = 0.1 * MASKED
 """The running maximum before the first key: no score is as low, and `exp(MASKED - it)` is 0."""
 
 
-class _Tokens(NamedTuple):
-    """What decides, beside their order, which tokens see which."""
+class Tokens(NamedTuple):
+    """What decides, beside their order, which tokens see which.
+
+    Attributes:
+        valid: Bool `[batch, seq]`: which tokens are not padding.
+        segment_ids: int `[batch, seq]`: the document of each token, or None for one document.
+        window: int32 scalar: how many tokens back a query sees, itself included; None: all.
+    """
 
     valid: Array
     segment_ids: Array | None
     window: Array | None
 
 
-class _Settings(NamedTuple):
-    """All that is static."""
+class Settings(NamedTuple):
+    """All that is static: factor and bound of the scores, queries and keys of a block."""
 
     scale: float
     softcap: float | None
@@ -49,11 +55,11 @@ class _Settings(NamedTuple):
     k_block: int
 
 
-class _Platforms(NamedTuple):
+class Platforms(NamedTuple):
     """Settings on a CPU, and elsewhere."""
 
-    cpu: _Settings
-    default: _Settings
+    cpu: Settings
+    default: Settings
 
     def run(self, f: Callable, *arrays: Any) -> Any:
         """`f(settings, *arrays)` with the settings of the platform it is compiled for."""
@@ -63,17 +69,18 @@ class _Platforms(NamedTuple):
         return lax.platform_dependent(*arrays, cpu=cpu, default=default)
 
 
-class _Keys(NamedTuple):
-    """Keys and values in blocks.
+class Keys(NamedTuple):
+    """Keys and values of the whole sequence, its length a multiple of the blocks'.
 
-    `k` and `v` are `[blocks, batch * n_kv_heads, k_block, head_dim]`, the others
-    `[blocks, batch, k_block]`.
+    Attributes:
+        k: `[batch * n_kv_heads, seq, head_dim]`.
+        v: Likewise.
+        tokens: Who they are.
     """
 
     k: Array
     v: Array
-    valid: Array
-    segment_ids: Array | None
+    tokens: Tokens
 
 
 def blockwise_attention(
@@ -116,20 +123,20 @@ def blockwise_attention(
         Dao et al., FlashAttention (arXiv 2205.14135), Algorithms 1 and 4.
     """
     seq = q.shape[1]
-    tokens = _Tokens(valid, segment_ids, None if window is None else jnp.int32(window))
+    tokens = Tokens(valid, segment_ids, None if window is None else jnp.int32(window))
     if seq <= max(block or CPU_BLOCK):
         out = economical(partial(_plain, softcap=softcap))(scale, q, k, v, tokens)
         return checkpoint_name(out, ATTENTION_OUTPUT)
 
-    def settings(block: tuple[int, int]) -> _Settings:
-        return _Settings(scale, softcap, _even(seq, block[0]), _even(seq, block[1]))
+    def settings(block: tuple[int, int]) -> Settings:
+        return Settings(scale, softcap, _even(seq, block[0]), _even(seq, block[1]))
 
-    platforms = _Platforms(settings(block or CPU_BLOCK), settings(block or BLOCK))
+    platforms = Platforms(settings(block or CPU_BLOCK), settings(block or BLOCK))
     return _blockwise(platforms, q, k, v, tokens)
 
 
 def _plain(
-    scale: float, q: Array, k: Array, v: Array, tokens: _Tokens, *, softcap: float | None
+    scale: float, q: Array, k: Array, v: Array, tokens: Tokens, *, softcap: float | None
 ) -> Array:
     mask = attention_mask_of(tokens.valid, tokens.segment_ids, window=tokens.window)
     return grouped_query_attention(scale, q, k, v, mask, softcap=softcap)
@@ -142,19 +149,19 @@ def _even(seq: int, block: int) -> int:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _blockwise(platforms: _Platforms, q: Array, k: Array, v: Array, tokens: _Tokens) -> Array:
+def _blockwise(platforms: Platforms, q: Array, k: Array, v: Array, tokens: Tokens) -> Array:
     return platforms.run(_forward, q, k, v, tokens)[0]
 
 
 def _blockwise_fwd(
-    platforms: _Platforms, q: Array, k: Array, v: Array, tokens: _Tokens
+    platforms: Platforms, q: Array, k: Array, v: Array, tokens: Tokens
 ) -> tuple[Array, tuple]:
     forward = platforms.run(_forward, q, k, v, tokens)
     out, lse = (checkpoint_name(x, ATTENTION_OUTPUT) for x in forward)
     return out, (q, k, v, tokens, out, lse)
 
 
-def _blockwise_bwd(platforms: _Platforms, residuals: tuple, dout: Array) -> tuple:
+def _blockwise_bwd(platforms: Platforms, residuals: tuple, dout: Array) -> tuple:
     return *platforms.run(_backward, *residuals, dout), None
 
 
@@ -162,21 +169,73 @@ _blockwise.defvjp(_blockwise_fwd, _blockwise_bwd)
 
 
 def _forward(
-    settings: _Settings, q: Array, k: Array, v: Array, tokens: _Tokens
+    settings: Settings, q: Array, k: Array, v: Array, tokens: Tokens
 ) -> tuple[Array, Array]:
-    """The output, and of each query the logarithm of its sum of `exp(score)`.
+    seq = q.shape[1]
+    queries = (_padded(x, 1, settings.q_block) for x in (q, tokens.segment_ids))
+    out, lse = attend(settings, jnp.int32(0), *queries, _whole_keys(settings, k, v, tokens))
+    return out[:, :seq], lse[:, :seq]
 
-    The logarithms are `[batch, seq, n_heads, 1]`.
+
+def _backward(
+    settings: Settings,
+    q: Array,
+    k: Array,
+    v: Array,
+    tokens: Tokens,
+    out: Array,
+    lse: Array,
+    dout: Array,
+) -> tuple[Array, Array, Array]:
+    keys = _whole_keys(settings, k, v, tokens)
+    queries = (_padded(x, 1, settings.q_block) for x in (q, tokens.segment_ids))
+    results = (_padded(x, 1, settings.q_block) for x in (out, lse, dout))
+    zero = jnp.zeros(keys.k.shape, jnp.float32)
+    dq, dk, dv = attend_backward(settings, jnp.int32(0), *queries, keys, *results, zero, zero)
+    dk, dv = (x[:, : k.shape[2]].reshape(k.shape).astype(k.dtype) for x in (dk, dv))
+    return dq[:, : q.shape[1]], dk, dv
+
+
+def _whole_keys(settings: Settings, k: Array, v: Array, tokens: Tokens) -> Keys:
+    flat = (_padded(x.reshape(-1, *x.shape[2:]), 1, settings.k_block) for x in (k, v))
+    valid, segments = (_padded(x, 1, settings.k_block) for x in (tokens.valid, tokens.segment_ids))
+    return Keys(*flat, Tokens(valid, segments, tokens.window))
+
+
+def _padded(x: Any, axis: int, block: int) -> Any:
+    """`x`, unless it is None, filled up with zeros to whole blocks."""
+    if x is None or x.shape[axis] % block == 0:
+        return x
+    padding = [(0, 0)] * x.ndim
+    padding[axis] = (0, -x.shape[axis] % block)
+    return jnp.pad(x, padding)
+
+
+def attend(
+    settings: Settings, start: Array, q: Array, segments: Array | None, keys: Keys
+) -> tuple[Array, Array]:
+    """Attend from some consecutive queries to all keys that they see.
+
+    Args:
+        settings: What is static.
+        start: Place of the first query in the sequence, a multiple of `q_block`.
+        q: `[batch, queries, n_heads, head_dim]`, whole blocks of them.
+        segments: int `[batch, queries]`: the document of each query, or None.
+        keys: All keys.
+
+    Returns:
+        The output, like `q`, and of each query the logarithm of its sum of `exp(score)`,
+        float32 `[batch, queries, n_heads, 1]`.
     """
-    keys = _cut_keys(settings, k, v, tokens)
+    window, n_kv = keys.tokens.window, keys.k.shape[0] // q.shape[0]
 
-    def attend(_: None, item: tuple) -> tuple[None, tuple]:
+    def one(_: None, item: tuple) -> tuple[None, tuple]:
         index, segments, q = item
 
         def add(block: Array, state: tuple) -> tuple:
             top, total, out = state
-            near = _at(keys, block)
-            visible = _visible(settings, index, block, segments, near, tokens.window)
+            near = _at(settings, keys, block)
+            visible = _visible(settings, index, block, segments, near.tokens)
             scores = _hide(_scores(settings, q, near.k), visible)
             new_top = jnp.maximum(top, jnp.max(scores, axis=-1, keepdims=True))
             shrink, weights = jnp.exp(top - new_top), jnp.exp(scores - new_top)
@@ -186,39 +245,58 @@ def _forward(
 
         zero = jnp.zeros((*q.shape[:2], 1), jnp.float32)
         init = (zero + _NO_KEY_YET, zero, jnp.zeros(q.shape, jnp.float32))
-        first, end = _seen(settings, index, keys, tokens.window)
+        first, end = _seen(settings, index, keys.k.shape[1], window)
         top, total, out = lax.fori_loop(first, end, add, init)
         empty = total == 0
         total = jnp.where(empty, 1.0, total)
         return None, ((out / total).astype(q.dtype), jnp.where(empty, 0.0, top + jnp.log(total)))
 
-    items = (*_numbered(settings, q.shape[1], tokens), _cut_queries(settings, q, k.shape[1]))
-    _, blocks = lax.scan(attend, None, items)
+    items = (*_numbered(settings, start, q.shape[1], segments), _cut_queries(settings, q, n_kv))
+    _, blocks = lax.scan(one, None, items)
     out, lse = (_join_queries(settings, x, q) for x in blocks)
     return out, lse
 
 
-def _backward(
-    settings: _Settings,
+def attend_backward(
+    settings: Settings,
+    start: Array,
     q: Array,
-    k: Array,
-    v: Array,
-    tokens: _Tokens,
+    segments: Array | None,
+    keys: Keys,
     out: Array,
     lse: Array,
     dout: Array,
+    dk: Array,
+    dv: Array,
 ) -> tuple[Array, Array, Array]:
-    keys = _cut_keys(settings, k, v, tokens)
+    """The derivative of `attend`.
+
+    Args:
+        settings: As given to `attend`, like the four after it.
+        start: As there.
+        q: As there.
+        segments: As there.
+        keys: As there.
+        out: What `attend` returned.
+        lse: Likewise.
+        dout: Cotangent of `out`.
+        dk: float32 like `keys.k`: the cotangents so far, to which these queries' are added.
+        dv: Likewise.
+
+    Returns:
+        The cotangent of `q`, and the sums for keys and values.
+    """
+    window, n_kv = keys.tokens.window, keys.k.shape[0] // q.shape[0]
     # the derivative of a softmax subtracts the mean of the cotangents under its weights
     mean = jnp.sum(dout.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)
 
-    def attend(grads: tuple, item: tuple) -> tuple[tuple, Array]:
+    def one(grads: tuple, item: tuple) -> tuple[tuple, Array]:
         index, segments, q, dout, lse, mean = item
 
         def add(block: Array, state: tuple) -> tuple:
             dq, dk, dv = state
-            near = _at(keys, block)
-            visible = _visible(settings, index, block, segments, near, tokens.window)
+            near = _at(settings, keys, block)
+            visible = _visible(settings, index, block, segments, near.tokens)
             scores = _scores(settings, q, near.k)
             weights = jnp.exp(_hide(scores, visible) - lse)
             dscores = weights * (_dot("bqd,bkd->bqk", dout, near.v) - mean)
@@ -227,26 +305,25 @@ def _backward(
             # in the operands' dtype, as in `matmul`
             dscores = (dscores * settings.scale).astype(q.dtype)
             dq = dq + _dot("bqk,bkd->bqd", dscores, near.k)
-            dk = _add_at(dk, block, _dot("bqk,bqd->bkd", dscores, q))
-            dv = _add_at(dv, block, _dot("bqk,bqd->bkd", weights.astype(q.dtype), dout))
+            dk = _add_at(settings, dk, block, _dot("bqk,bqd->bkd", dscores, q))
+            dv = _add_at(settings, dv, block, _dot("bqk,bqd->bkd", weights.astype(q.dtype), dout))
             return dq, dk, dv
 
-        first, end = _seen(settings, index, keys, tokens.window)
+        first, end = _seen(settings, index, keys.k.shape[1], window)
         dq, dk, dv = lax.fori_loop(first, end, add, (jnp.zeros(q.shape, jnp.float32), *grads))
         return (dk, dv), dq.astype(q.dtype)
 
-    by_query = (_cut_queries(settings, x, k.shape[1]) for x in (q, dout, lse, mean))
-    zero = jnp.zeros(keys.k.shape, jnp.float32)
-    items = (*_numbered(settings, q.shape[1], tokens), *by_query)
-    (dk, dv), dq = lax.scan(attend, (zero, zero), items)
-    return _join_queries(settings, dq, q), _join_keys(dk, k), _join_keys(dv, v)
+    by_query = (_cut_queries(settings, x, n_kv) for x in (q, dout, lse, mean))
+    items = (*_numbered(settings, start, q.shape[1], segments), *by_query)
+    (dk, dv), dq = lax.scan(one, (dk, dv), items)
+    return _join_queries(settings, dq, q), dk, dv
 
 
 def _dot(equation: str, x: Array, y: Array) -> Array:
     return jnp.einsum(equation, x, y, preferred_element_type=jnp.float32)
 
 
-def _scores(settings: _Settings, q: Array, k: Array) -> Array:
+def _scores(settings: Settings, q: Array, k: Array) -> Array:
     scores = _dot("bqd,bkd->bqk", q, k) * settings.scale
     if settings.softcap is not None:
         scores = settings.softcap * jnp.tanh(scores / settings.softcap)
@@ -254,36 +331,29 @@ def _scores(settings: _Settings, q: Array, k: Array) -> Array:
 
 
 def _visible(
-    settings: _Settings,
-    index: Array,
-    block: Array,
-    segments: Array | None,
-    keys: _Keys,
-    window: Array | None,
+    settings: Settings, index: Array, block: Array, segments: Array | None, keys: Tokens
 ) -> Array:
     """Which keys of a block each query of block `index` sees: `[batch, q_block, k_block]`."""
     query = index * settings.q_block + jnp.arange(settings.q_block, dtype=jnp.int32)
     key = block * settings.k_block + jnp.arange(settings.k_block, dtype=jnp.int32)
     back = query[:, None] - key[None, :]
     seen = back >= 0
-    if window is not None:
-        seen &= back < window
+    if keys.window is not None:
+        seen &= back < keys.window
     seen = seen[None] & keys.valid[:, None, :]
     if segments is not None and keys.segment_ids is not None:
         seen &= segments[:, :, None] == keys.segment_ids[:, None, :]
     return seen
 
 
-def _seen(
-    settings: _Settings, index: Array, keys: _Keys, window: Array | None
-) -> tuple[Array, Array]:
+def _seen(settings: Settings, index: Array, seq: int, window: Array | None) -> tuple[Array, Array]:
     """The first key block of which query block `index` may see some, and the end."""
     start = index * settings.q_block
     end = (start + settings.q_block - 1) // settings.k_block + 1
     first = jnp.int32(0)
     if window is not None:
         first = jnp.maximum(start - window + 1, 0) // settings.k_block
-    return first, jnp.minimum(end, keys.k.shape[0])
+    return first, jnp.minimum(end, seq // settings.k_block)
 
 
 def _hide(scores: Array, visible: Array) -> Array:
@@ -293,63 +363,50 @@ def _hide(scores: Array, visible: Array) -> Array:
     return jnp.where(visible[:, None], by_row, MASKED).reshape(scores.shape)
 
 
-def _at(keys: _Keys, block: Array) -> _Keys:
-    return jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, block, keepdims=False), keys)
+def _at(settings: Settings, keys: Keys, block: Array) -> Keys:
+    def slice_of(x: Any) -> Any:
+        size = settings.k_block
+        return None if x is None else lax.dynamic_slice_in_dim(x, block * size, size, axis=1)
+
+    tokens = keys.tokens
+    near = Tokens(slice_of(tokens.valid), slice_of(tokens.segment_ids), tokens.window)
+    return Keys(slice_of(keys.k), slice_of(keys.v), near)
 
 
-def _add_at(blocks: Array, index: Array, x: Array) -> Array:
-    old = lax.dynamic_index_in_dim(blocks, index, keepdims=False)
-    return lax.dynamic_update_index_in_dim(blocks, old + x, index, 0)
+def _add_at(settings: Settings, total: Array, block: Array, x: Array) -> Array:
+    place = block * settings.k_block
+    old = lax.dynamic_slice_in_dim(total, place, settings.k_block, axis=1)
+    return lax.dynamic_update_slice_in_dim(total, old + x, place, axis=1)
 
 
-def _cut(x: Array, axis: int, block: int) -> Array:
-    """Cut an axis into blocks, the last filled up with zeros; the axis of blocks goes in front."""
-    blocks = -(-x.shape[axis] // block)
-    padding = [(0, 0)] * x.ndim
-    padding[axis] = (0, blocks * block - x.shape[axis])
-    x = jnp.pad(x, padding)
-    x = x.reshape(*x.shape[:axis], blocks, block, *x.shape[axis + 1 :])
-    return jnp.moveaxis(x, axis, 0)
-
-
-def _numbered(settings: _Settings, seq: int, tokens: _Tokens) -> tuple[Array, Array | None]:
+def _numbered(
+    settings: Settings, start: Array, queries: int, segments: Array | None
+) -> tuple[Array, Array | None]:
     """For a scan over query blocks: their numbers, and the documents of their tokens."""
-    numbers = jnp.arange(-(-seq // settings.q_block), dtype=jnp.int32)
-    segments = tokens.segment_ids
-    return numbers, None if segments is None else _cut(segments, 1, settings.q_block)
+    numbers = start // settings.q_block
+    numbers += jnp.arange(queries // settings.q_block, dtype=jnp.int32)
+    return numbers, None if segments is None else _cut(segments, settings.q_block)
 
 
-def _cut_keys(settings: _Settings, k: Array, v: Array, tokens: _Tokens) -> _Keys:
-    block, segments = settings.k_block, tokens.segment_ids
-    return _Keys(
-        k=_cut(k.reshape(-1, *k.shape[2:]), 1, block),
-        v=_cut(v.reshape(-1, *v.shape[2:]), 1, block),
-        valid=_cut(tokens.valid, 1, block),
-        segment_ids=None if segments is None else _cut(segments, 1, block),
-    )
+def _cut(x: Array, block: int) -> Array:
+    """Cut axis 1 into whole blocks; the axis of blocks goes in front."""
+    return jnp.moveaxis(x.reshape(x.shape[0], -1, block, *x.shape[2:]), 1, 0)
 
 
-def _join_keys(blocks: Array, like: Array) -> Array:
-    x = jnp.moveaxis(blocks, 0, 1)
-    x = x.reshape(*like.shape[:2], -1, like.shape[-1])[:, :, : like.shape[2]]
-    return x.astype(like.dtype)
-
-
-def _cut_queries(settings: _Settings, x: Array, n_kv: int) -> Array:
-    """`[batch, seq, heads, d]` as `[blocks, batch * n_kv, group * q_block, d]`.
+def _cut_queries(settings: Settings, x: Array, n_kv: int) -> Array:
+    """`[batch, queries, heads, d]` as `[blocks, batch * n_kv, group * q_block, d]`.
 
     So all query heads that share a key/value head are the rows of one matmul.
     """
-    x = _cut(x, 1, settings.q_block)
+    x = _cut(x, settings.q_block)
     blocks, batch, block, heads, d = x.shape
     x = x.reshape(blocks, batch, block, n_kv, heads // n_kv, d)
     return jnp.moveaxis(x, 2, 4).reshape(blocks, batch * n_kv, -1, d)
 
 
-def _join_queries(settings: _Settings, blocks: Array, like: Array) -> Array:
-    """Undo `_cut_queries`; batch, seq and heads are those of `like`."""
-    batch, seq, heads = like.shape[:3]
+def _join_queries(settings: Settings, blocks: Array, like: Array) -> Array:
+    """Undo `_cut_queries`; batch and heads are those of `like`."""
+    batch, _, heads = like.shape[:3]
     d = blocks.shape[-1]
     x = blocks.reshape(-1, batch, heads, settings.q_block, d)
-    x = jnp.transpose(x, (1, 0, 3, 2, 4)).reshape(batch, -1, heads, d)
-    return x[:, :seq]
+    return jnp.transpose(x, (1, 0, 3, 2, 4)).reshape(batch, -1, heads, d)

@@ -66,6 +66,9 @@ class _Context(NamedTuple):
     mask: Array | None = None
 
 
+Angles = tuple[Array, Array]
+
+
 class _Caches(NamedTuple):
     """The caches of all layers, on their way through the scan, and where to write in them."""
 
@@ -85,41 +88,36 @@ class Attention(nnx.Module):
         def linear(d_in: int, d_out: int, use_bias: bool) -> Linear:
             return Linear(d_in, d_out, use_bias=use_bias, dtype=dtype, rngs=rngs)
 
-        self.config = config
+        self.head_dim = config.head_dim
+        self.scale = config.head_dim**-0.5
         self.q_proj = linear(d, q_dim, config.qkv_bias)
         self.k_proj = linear(d, kv_dim, config.qkv_bias)
         self.v_proj = linear(d, kv_dim, config.qkv_bias)
         self.o_proj = linear(q_dim, d, config.out_bias)
 
-    def __call__(
-        self,
-        x: Float[Array, "batch seq d"],
-        context: _Context,
-        caches: _Caches | None,
-    ) -> tuple[Float[Array, "batch seq d"], _Caches | None]:
-        """Attend to `x` itself, or, with caches, to what they hold and `x`."""
-        heads = (*x.shape[:2], -1, self.config.head_dim)
-        rows = x.reshape(-1, x.shape[-1])  # once: what three linears keep for the backward is one
-        q = rotate(self.q_proj(rows).reshape(heads), context.angles)
-        k = rotate(self.k_proj(rows).reshape(heads), context.angles)
+    def keys_values(
+        self, x: Float[Array, "batch seq d"], angles: Angles
+    ) -> tuple[Float[Array, "batch n_kv seq head_dim"], Float[Array, "batch n_kv seq head_dim"]]:
+        """Return rotated keys, and values, heads before positions."""
+        heads = (*x.shape[:2], -1, self.head_dim)
+        rows = x.reshape(-1, x.shape[-1])
+        k = rotate(self.k_proj(rows).reshape(heads), angles)
         v = self.v_proj(rows).reshape(heads)
-        k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
-        scale = self.config.head_dim**-0.5
-        if caches is None:
-            assert context.valid is not None
-            out = blockwise_attention(scale, q, k, v, context.valid, context.segment_ids)
-        else:
-            assert context.mask is not None
-            layer = caches.layer
-            # one array for all layers, which the loop carries and updates in place
-            at = (layer, 0, 0, caches.slot, 0)
-            all_k = lax.dynamic_update_slice(caches.k, k[None], at)
-            all_v = lax.dynamic_update_slice(caches.v, v[None], at)
-            caches = _Caches(all_k, all_v, layer + 1, caches.slot)
-            k = lax.dynamic_index_in_dim(all_k, layer, keepdims=False)
-            v = lax.dynamic_index_in_dim(all_v, layer, keepdims=False)
-            out = economical(grouped_query_attention)(scale, q, k, v, context.mask)
-        return self.o_proj(out.reshape(rows.shape[0], -1)).reshape(x.shape), caches
+        return jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
+
+    def queries(
+        self, x: Float[Array, "batch seq d"], angles: Angles
+    ) -> Float[Array, "batch seq n_heads head_dim"]:
+        """Return rotated queries."""
+        rows = x.reshape(-1, x.shape[-1])
+        return rotate(self.q_proj(rows).reshape(*x.shape[:2], -1, self.head_dim), angles)
+
+    def output(
+        self, attended: Float[Array, "batch seq n_heads head_dim"]
+    ) -> Float[Array, "batch seq d"]:
+        """Return what attention adds to the residual stream."""
+        batch, seq = attended.shape[:2]
+        return self.o_proj(attended.reshape(batch * seq, -1)).reshape(batch, seq, -1)
 
 
 class MLP(nnx.Module):
@@ -156,16 +154,49 @@ class Layer(nnx.Module):
         self.post_attention_layernorm = RMSNorm(config.d_model, eps=config.norm_eps)
         self.mlp = MLP(config, dtype=dtype, rngs=rngs)
 
-    def __call__(
+    def keys_values(self, x: Float[Array, "batch seq d"], angles: Angles) -> tuple[Array, Array]:
+        """Return what later tokens see of the tokens of `x`, as `Attention.keys_values`."""
+        return self.self_attn.keys_values(self.input_layernorm(x), angles)
+
+    def queries(self, x: Float[Array, "batch seq d"], angles: Angles) -> Array:
+        """Return what the tokens of `x` look for, as `Attention.queries`."""
+        return self.self_attn.queries(self.input_layernorm(x), angles)
+
+    def attend(self, x: Float[Array, "batch seq d"], context: _Context) -> Array:
+        """Attend from the tokens of `x` to each other: `[batch, seq, n_heads, head_dim]`."""
+        assert context.valid is not None
+        normed = self.input_layernorm(x)
+        q = self.self_attn.queries(normed, context.angles)
+        k, v = self.self_attn.keys_values(normed, context.angles)
+        scale = self.self_attn.scale
+        return blockwise_attention(scale, q, k, v, context.valid, context.segment_ids)
+
+    def attend_cached(
+        self, x: Float[Array, "batch seq d"], context: _Context, caches: _Caches
+    ) -> tuple[Array, _Caches]:
+        """Attend from the tokens of `x` to what the caches hold and to `x`, which is added."""
+        assert context.mask is not None
+        normed, layer = self.input_layernorm(x), caches.layer
+        q = self.self_attn.queries(normed, context.angles)
+        k, v = self.self_attn.keys_values(normed, context.angles)
+        # one array for all layers, which the loop carries and updates in place
+        at = (layer, 0, 0, caches.slot, 0)
+        all_k = lax.dynamic_update_slice(caches.k, k[None], at)
+        all_v = lax.dynamic_update_slice(caches.v, v[None], at)
+        k = lax.dynamic_index_in_dim(all_k, layer, keepdims=False)
+        v = lax.dynamic_index_in_dim(all_v, layer, keepdims=False)
+        scale = self.self_attn.scale
+        out = economical(grouped_query_attention)(scale, q, k, v, context.mask)
+        return out, _Caches(all_k, all_v, layer + 1, caches.slot)
+
+    def finish(
         self,
         x: Float[Array, "batch seq d"],
-        context: _Context,
-        caches: _Caches | None,
-    ) -> tuple[Float[Array, "batch seq d"], _Caches | None]:
-        """Return the residual stream after this layer, and the updated caches."""
-        attended, caches = self.self_attn(self.input_layernorm(x), context, caches)
-        x = x + attended
-        return x + self.mlp(self.post_attention_layernorm(x)), caches
+        attended: Float[Array, "batch seq n_heads head_dim"],
+    ) -> Float[Array, "batch seq d"]:
+        """Return the residual stream after this layer, token by token."""
+        x = x + self.self_attn.output(attended)
+        return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class Decoder(nnx.Module):
@@ -197,32 +228,33 @@ class Decoder(nnx.Module):
             None if tied else Head(config.d_model, config.vocab_size, dtype=dtype, rngs=rngs)
         )
 
+    def embed(self, tokens: Int[Array, "batch seq"]) -> Float[Array, "batch seq d"]:
+        """Return the residual stream before the first layer."""
+        return self.embed_tokens(tokens)
+
     def hidden(
         self,
         tokens: Int[Array, "batch seq"],
         *,
-        attention_mask: Array | None = None,
-        positions: Int[Array, "batch seq"] | None = None,
+        valid: Bool[Array, "batch seq"],
+        positions: Int[Array, "batch seq"],
         segment_ids: Int[Array, "batch seq"] | None = None,
     ) -> Float[Array, "batch seq d"]:
-        """Return the final residual stream after the last norm, what `head` takes."""
-        valid = as_valid(attention_mask, tokens)
-        if positions is None:
-            positions = default_positions(valid, segment_ids)
+        """Return the final residual stream, what `head` takes."""
         context = _Context(rope_angles(self.config, positions), valid, segment_ids)
 
         def body(layer: Layer, x: Array, context: _Context) -> Array:
-            return layer(checkpoint_name(x, LAYER_INPUT), context, None)[0]
+            x = checkpoint_name(x, LAYER_INPUT)
+            return layer.finish(x, layer.attend(x, context))
 
         # inside a scan nothing can be shared between forward and backward anyway
         body = nnx.remat(body, prevent_cse=False, policy=_policy(self.remat))
         scan = nnx.scan(body, in_axes=(0, nnx.Carry, None), out_axes=nnx.Carry)
-        x = scan(self.layers, self.embed_tokens(tokens), context)
-        return self.norm(x)
+        return scan(self.layers, self.embed(tokens), context)
 
     def head(self, hidden: Float[Array, "*lead d"]) -> Float[Array, "*lead vocab"]:
-        """Return float32 logits of final hidden states."""
-        rows = hidden.reshape(-1, hidden.shape[-1])
+        """Return float32 logits of final hidden states, which the last norm goes over first."""
+        rows = self.norm(hidden.reshape(-1, hidden.shape[-1]))
         logits = self.embed_tokens.attend(rows) if self.lm_head is None else self.lm_head(rows)
         return logits.reshape(*hidden.shape[:-1], -1)
 
@@ -246,13 +278,14 @@ class Decoder(nnx.Module):
 
         def body(layer: Layer, carry: tuple, context: _Context) -> tuple:
             x, caches = carry
-            return layer(x, context, caches)
+            attended, caches = layer.attend_cached(x, context, caches)
+            return layer.finish(x, attended), caches
 
         scan = nnx.scan(body, in_axes=(0, nnx.Carry, None), out_axes=nnx.Carry)
         caches = _Caches(cache.k, cache.v, jnp.int32(0), cache.length)
-        x, caches = scan(self.layers, (self.embed_tokens(tokens), caches), context)
+        x, caches = scan(self.layers, (self.embed(tokens), caches), context)
         # a full cache would overwrite its last slots: better no answer than a wrong one
-        x = jnp.where(end <= cache.valid.shape[1], self.norm(x), jnp.nan)
+        x = jnp.where(end <= cache.valid.shape[1], x, jnp.nan)
         return x, Cache(caches.k, caches.v, all_valid, end)
 
 

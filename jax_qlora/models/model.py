@@ -12,8 +12,11 @@ from jax.typing import DTypeLike
 
 from ..errors import InputError
 from ..typing import Array, Float, Int, Key, PyTree
+from .attention import as_valid, default_positions
 from .config import DecoderConfig, validate_config
-from .decoder import Cache, Decoder, Remat
+from .decoder import Cache, Decoder, Layer, Remat
+from .layer_loop import Context, LayerFunctions, Loop, run_layers
+from .rope import rope_angles
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +42,13 @@ class DecoderFunctions:
 
 
 def decoder_functions(
-    config: DecoderConfig, *, compute_dtype: DTypeLike = jnp.float32, remat: str = "none"
+    config: DecoderConfig,
+    *,
+    compute_dtype: DTypeLike = jnp.float32,
+    remat: str = "none",
+    transform: Callable[[Callable], Callable] | None = None,
+    fetch: Callable[[PyTree], PyTree] | None = None,
+    layer_chunk: int = 2048,
 ) -> DecoderFunctions:
     """Build the functions of a decoder; no parameter is created.
 
@@ -50,6 +59,11 @@ def decoder_functions(
         remat: What the backward recomputes: "none", nothing that costs a matmul; "dots", all but
             the outputs of linears; "full", each layer from its input; "offload", the same with
             these inputs in host memory.
+        transform: What every function of parameters goes through, e.g. `lift`. Given here, and not
+            put around the result, it lets "full" and "offload" run the layers in a loop with a
+            backward of its own (`layer_loop`), which keeps the least memory.
+        fetch: For that loop: brings one layer's parameters from host memory to the device.
+        layer_chunk: For that loop: tokens that go through a layer at once.
 
     Returns:
         Pure functions, jit-friendly, of a nested dict of arrays shaped as `abstract_params` says.
@@ -58,6 +72,17 @@ def decoder_functions(
         InputError: An impossible configuration, or an unknown dtype or remat setting.
     """
     graphdef, _ = nnx.split(_abstract_decoder(config, compute_dtype, remat))
+    loop = None
+    if transform is not None and remat in ("full", "offload"):
+        layer = _layer_functions(config, compute_dtype, transform)
+        loop = Loop(layer=layer, chunk=layer_chunk, offload=remat == "offload", fetch=fetch)
+    embed = (transform or _same)(lambda params, tokens: nnx.merge(graphdef, params).embed(tokens))
+
+    def looped(
+        loop: Loop, params: PyTree, tokens: Array, positions: Array, valid: Array, segments: Any
+    ) -> Array:
+        context = Context(rope_angles(config, positions), valid, segments)
+        return run_layers(loop, params["layers"], embed(params, tokens), context)
 
     def hidden(
         params: PyTree,
@@ -72,8 +97,13 @@ def decoder_functions(
                 f"A sequence of {tokens.shape[1]} tokens: expected at most {config.max_length}, "
                 "the model's context. Shorten it, or pass segment_ids or positions if it is packed."
             )
+        valid = as_valid(attention_mask, tokens)
+        if positions is None:
+            positions = default_positions(valid, segment_ids)
+        if loop is not None:
+            return looped(loop, params, tokens, positions, valid, segment_ids)
         return nnx.merge(graphdef, params).hidden(
-            tokens, attention_mask=attention_mask, positions=positions, segment_ids=segment_ids
+            tokens, valid=valid, positions=positions, segment_ids=segment_ids
         )
 
     def head(params: PyTree, hidden: Float[Array, "*lead d"]) -> Float[Array, "*lead vocab"]:
@@ -114,7 +144,35 @@ def decoder_functions(
             tokens, cache, attention_mask=attention_mask, positions=positions
         )
 
-    return DecoderFunctions(apply=apply, hidden=hidden, head=head, decode_hidden=decode_hidden)
+    whole = transform or _same
+    if loop is None:
+        hidden = whole(hidden)  # the loop's pieces are transformed already
+    head = whole(head)
+    return DecoderFunctions(
+        apply=apply, hidden=hidden, head=head, decode_hidden=whole(decode_hidden)
+    )
+
+
+def _same(f: Callable) -> Callable:
+    return f
+
+
+def _layer_functions(
+    config: DecoderConfig, dtype: DTypeLike, transform: Callable[[Callable], Callable]
+) -> LayerFunctions:
+    """One layer's pieces as functions of its parameters."""
+    abstract = nnx.eval_shape(lambda: Layer(config, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0)))
+    graphdef, _ = nnx.split(abstract)
+
+    def piece(name: str) -> Callable[..., Any]:
+        return transform(lambda params, *args: getattr(nnx.merge(graphdef, params), name)(*args))
+
+    return LayerFunctions(
+        keys_values=piece("keys_values"),
+        queries=piece("queries"),
+        finish=piece("finish"),
+        scale=abstract.self_attn.scale,
+    )
 
 
 def abstract_params(config: DecoderConfig) -> PyTree:
