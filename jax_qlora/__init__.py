@@ -17,6 +17,7 @@ from .lora import LoraPair as LoraPair
 from .lora import Target as Target
 from .lora import Targets as Targets
 from .lora import attach as attach
+from .lora import combine_adapters as combine_adapters
 from .lora import init_adapter as init_adapter
 from .lora import merge as merge
 from .lora import quantize as quantize

@@ -9,6 +9,7 @@ from .adapter import quantize as quantize
 from .adapter import unmerge as unmerge
 from .array import LoraArray as LoraArray
 from .array import LoraPair as LoraPair
+from .combine import combine_adapters as combine_adapters
 from .summary import summary as summary
 from .targets import Target as Target
 from .targets import Targets as Targets
