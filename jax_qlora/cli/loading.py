@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A model with its adapter, from the options that `generate` and `merge` share."""
+"""A model with its adapter, from the options that `generate`, `merge` and `export` share."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,6 +64,22 @@ def complete(source: Source) -> tuple[str, str | None, dict[str, Any]]:
     if source.quantization is not None:
         settings["quantization"] = None if source.quantization == "none" else source.quantization
     return model, adapter, settings
+
+
+def require_quantization(settings: dict[str, Any]) -> None:
+    """Check that it is said how the base was held when the adapter was trained.
+
+    Args:
+        settings: What `complete` returns.
+
+    Raises:
+        InputError: It is not.
+    """
+    if "quantization" not in settings:
+        raise InputError(
+            "--quantization: expected nf4 (or fp4, int4) for an adapter trained on a 4-bit base, "
+            "none for one trained on dense weights. The merged weights depend on it."
+        )
 
 
 def load(

@@ -39,7 +39,11 @@ class PlannedTensor:
 
 
 def write_file(
-    file: str | Path, tensors: Mapping[str, PlannedTensor], *, metadata: Mapping[str, str] | None
+    file: str | Path,
+    tensors: Mapping[str, PlannedTensor],
+    *,
+    metadata: Mapping[str, str] | None,
+    wrote: Callable[[str], None] = lambda name: None,
 ) -> None:
     """Write a safetensors file, making one tensor at a time.
 
@@ -50,6 +54,7 @@ def write_file(
         file: Where to.
         tensors: What, by name.
         metadata: The free-form header entry; `{"format": "pt"}` is what transformers expects.
+        wrote: Called with the name of each tensor that has been written.
 
     Raises:
         InputError: The disk is full, or the directory cannot be written to.
@@ -59,11 +64,12 @@ def write_file(
     try:
         with partial.open("wb") as stream:
             stream.write(_header(tensors, metadata))
-            for tensor in tensors.values():
+            for name, tensor in tensors.items():
                 data = np.asarray(tensor.make(), order="C")
                 if (data.dtype, data.shape) != (tensor.dtype, tensor.shape):
                     raise AssertionError((data.dtype, data.shape, tensor))
                 stream.write(data.reshape(-1).view(np.uint8).data)
+                wrote(name)
             stream.flush()
             os.fsync(stream.fileno())
         partial.replace(file)
@@ -77,7 +83,11 @@ def write_file(
 
 
 def write_directory(
-    directory: Path, tensors: Mapping[str, PlannedTensor], *, max_shard_bytes: int
+    directory: Path,
+    tensors: Mapping[str, PlannedTensor],
+    *,
+    max_shard_bytes: int,
+    wrote: Callable[[str], None] = lambda name: None,
 ) -> None:
     """Write a checkpoint as transformers does: one file, or shards and their index.
 
@@ -85,6 +95,7 @@ def write_directory(
         directory: Where to; it exists.
         tensors: What, by name.
         max_shard_bytes: Largest file, unless one tensor is larger.
+        wrote: Called with the name of each tensor that has been written.
 
     Raises:
         InputError: As `write_file`.
@@ -92,12 +103,12 @@ def write_directory(
     shards = list(_shards(tensors, max_shard_bytes))
     metadata = {"format": "pt"}
     if len(shards) == 1:
-        write_file(directory / SINGLE, tensors, metadata=metadata)
+        write_file(directory / SINGLE, tensors, metadata=metadata, wrote=wrote)
         return
     weight_map = {}
     for number, shard in enumerate(shards, 1):
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        write_file(directory / name, shard, metadata=metadata)
+        write_file(directory / name, shard, metadata=metadata, wrote=wrote)
         weight_map |= dict.fromkeys(shard, name)
     total = {"total_size": sum(t.nbytes for t in tensors.values())}
     index = {"metadata": total, "weight_map": dict(sorted(weight_map.items()))}

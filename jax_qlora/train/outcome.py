@@ -4,7 +4,6 @@
 import json
 import platform
 import resource
-import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -77,10 +76,16 @@ def finish(
 
 def _export(config: Config, model: Model, trainable: PyTree, run: Path) -> Path:
     if config.method == "full":
-        from ..interop.hf import save_hf
+        from ..interop.hf_write import save_hf
 
-        shutil.rmtree(run / "model", ignore_errors=True)  # of a run that was cut short here
-        return save_hf(run / "model", trainable, model.config, tokenizer=model.tokenizer)
+        written = save_hf(
+            run / "model",
+            trainable,
+            model.config,
+            tokenizer=model.tokenizer,
+            overwrite=True,  # of a run that was cut short here
+        )
+        return written.path
     from ..interop.peft import save_adapter
 
     save_adapter(run / "adapter", trainable, model, base_model=config.model)

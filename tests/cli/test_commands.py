@@ -72,7 +72,10 @@ def test_generate_samples_with_a_seed(finished, capsys):
 def test_merge_writes_a_model_with_the_same_logits(finished, tmp_path, capsys):
     output = tmp_path / "merged"
     assert main(["merge", str(output), "--run", str(finished), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == {"output": str(output), "dtype": "float32"}
+    figures = json.loads(capsys.readouterr().out)
+    assert (figures["output"], figures["dtype"]) == (str(output), "float32")
+    assert figures["tensors"] == 21 and figures["updates"] == 14
+    assert figures["logit_difference"] < 1e-3 < 1 < figures["largest_logit"]
     merged = jq.load_model(output, quantization=None)
     model = jq.load_model(LLAMA, quantization="nf4")
     params = jq.attach(model.params, jq.load_adapter(finished / "adapter", model))
@@ -80,8 +83,13 @@ def test_merge_writes_a_model_with_the_same_logits(finished, tmp_path, capsys):
     np.testing.assert_allclose(
         merged.apply(merged.params, tokens), model.apply(params, tokens), atol=2e-4
     )
+    assert "`" + LLAMA + "`" in (output / "README.md").read_text()
     assert main(["merge", str(output), "--run", str(finished)]) == 2
     assert "is in use" in capsys.readouterr().err
+    assert main(["merge", str(output), "--run", str(finished), "--overwrite"]) == 0
+    text = capsys.readouterr().out
+    assert "21 tensors" in text and "14 updates folded in" in text
+    assert "Largest difference of a logit" in text
 
 
 def test_preview_shows_what_is_learned(capsys):

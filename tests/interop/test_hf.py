@@ -1,24 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-import jax_qlora as jq
 from jax_qlora.errors import InputError
-from jax_qlora.interop.hf import save_hf, tensor_names, tensor_shape
+from jax_qlora.interop.hf import tensor_names, tensor_shape
 from jax_qlora.interop.hf_config import config_from_hf, config_to_hf, read_config
 from jax_qlora.models import RopeScaling, abstract_params
-from jax_qlora.models.presets import PRESETS, TINY
+from jax_qlora.models.presets import PRESETS
 from jax_qlora.tree import flatten_paths
-from tests.helpers import GOLDEN, assert_trees_close
-from tests.tiny import quantized, tiny_model
+from tests.helpers import GOLDEN
+from tests.tiny import tiny_model
 
 MODELS = GOLDEN / "models"
 
@@ -129,78 +124,3 @@ def test_names_and_shapes_are_those_of_the_checkpoint(name: str):
     }
     stored = load_file(MODELS / name / "model.safetensors")
     assert names == {tensor: x.shape for tensor, x in stored.items()}
-
-
-def test_export_is_the_inverse_of_import(tmp_path: Path):
-    model = jq.load_model(MODELS / "llama", quantization=None)
-    out = save_hf(tmp_path / "out", model.params, model.config, tokenizer=model.tokenizer)
-    want = load_file(MODELS / "llama" / "model.safetensors")
-    got = load_file(out / "model.safetensors")
-    assert got.keys() == want.keys()
-    for tensor, x in want.items():
-        np.testing.assert_array_equal(got[tensor], x, err_msg=tensor)
-    again = jq.load_model(out, quantization=None)
-    assert again.config == model.config
-    assert again.tokenizer.get_vocab() == model.tokenizer.get_vocab()
-    assert again.tokenizer.chat_template == model.tokenizer.chat_template
-    assert json.loads((out / "generation_config.json").read_text())["eos_token_id"] == 2
-    assert [f.name for f in tmp_path.iterdir()] == ["out"]
-
-
-def test_export_merges_layer_by_layer(tmp_path: Path):
-    """A quantized base with an adapter is written as `merge` would make it, sharded and in bf16."""
-    model = tiny_model(tied=True)
-    base, adapter = quantized(model)
-    out = save_hf(
-        tmp_path / "merged",
-        jq.attach(base, adapter),
-        model.config,
-        dtype=jnp.bfloat16,
-        max_shard_bytes=30_000,
-    )
-    assert len(list(out.glob("*.safetensors"))) > 1
-    assert json.loads((out / "config.json").read_text())["torch_dtype"] == "bfloat16"
-    again = jq.load_model(out, quantization=None)
-    want = jax.tree.map(lambda x: x.astype(jnp.bfloat16), jq.merge(base, adapter))
-    assert_trees_close(again.params, want, rtol=2**-8)
-    assert again.config == model.config
-
-
-def test_export_refuses_to_overwrite(tmp_path: Path, tiny: Any):
-    model = tiny
-    (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(InputError, match="is in use: expected a new or an empty directory"):
-        save_hf(tmp_path, model.params, model.config)
-    assert [f.name for f in tmp_path.iterdir()] == ["notes.txt"]
-    (tmp_path / "empty").mkdir()
-    save_hf(tmp_path / "empty", model.params, model.config)
-
-
-def test_export_of_weights_that_overflow_leaves_nothing(tmp_path: Path, tiny: Any):
-    model = tiny
-    params = jax.tree.map(lambda x: x * 1e30, model.params)
-    with pytest.raises(InputError, match="'.*' has values that are not finite in float16"):
-        save_hf(tmp_path / "out", params, model.config, dtype=jnp.float16)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_export_of_other_parameters(tmp_path: Path, tiny: Any):
-    model = tiny
-    other = dataclasses.replace(model.config, d_ff=32)
-    with pytest.raises(
-        InputError, match=r"at 'layers/mlp/down_proj/kernel' expected \(3, 32, 32\)"
-    ):
-        save_hf(tmp_path / "out", model.params, other)
-    extra = model.params | {"value_head": {"kernel": jnp.ones((2, 2))}}
-    with pytest.raises(InputError, match="at 'value_head/kernel' expected no such parameter"):
-        save_hf(tmp_path / "out", extra, model.config)
-    biased = dataclasses.replace(TINY, qkv_bias=True)
-    with pytest.raises(InputError, match="qkv_bias and out_bias to be equal"):
-        config_to_hf(biased, dtype="float32")
-
-
-def test_export_into_a_place_that_cannot_be(tmp_path: Path, tiny: Any):
-    model = tiny
-    (tmp_path / "file").touch()
-    with pytest.raises(InputError, match="cannot be made"):
-        save_hf(tmp_path / "file" / "out", model.params, model.config)

@@ -13,7 +13,7 @@ import optax
 import pytest
 
 import jax_qlora as jq
-from jax_qlora.interop.hf import save_hf
+from jax_qlora.interop.hf_write import save_hf
 from jax_qlora.interop.peft_config import read_config
 from jax_qlora.optim import adamw
 
