@@ -114,6 +114,7 @@ def write_model(
     max_shard_bytes: int,
     overwrite: bool,
     progress: Progress | None,
+    beside: Callable[[Path], None] | None = None,
 ) -> SavedModel:
     """Write planned tensors and the files beside them, and read back what was written.
 
@@ -127,6 +128,7 @@ def write_model(
         max_shard_bytes: Largest weights file.
         overwrite: Replace what is in the directory.
         progress: Called after each tensor.
+        beside: Writes other files, which replace those of the same name.
 
     Raises:
         InputError: As `save_hf`.
@@ -150,6 +152,8 @@ def write_model(
             tokenizer.save_pretrained(temporary)
         if card is not None:
             (temporary / "README.md").write_text(card, "utf-8")
+        if beside is not None:
+            beside(temporary)
         found = read_directory(temporary)
         for name, tensor in planned.items():
             if name not in found or (found[name].dtype, found[name].shape) != (

@@ -16,7 +16,7 @@ from jax.typing import DTypeLike
 
 from ..errors import InputError
 from ..models import DecoderConfig, abstract_params
-from ..quant import QuantizedArray, quantize_rows, stream
+from ..quant import QuantizedArray, quantize_rows
 from ..quant.array import dequantize_rows
 from ..quant.blockwise import quantize_absmax
 from ..quant.streaming import streaming_memory
@@ -86,11 +86,25 @@ def load_params(
     Raises:
         InputError: Tensors are missing, unknown, of the wrong shape or dtype, or not finite.
     """
-    _check_names(tensors, config, where)
-    _check_shapes(tensors, config, where)
+    check_tensors(tensors, config, where=where)
     host = streaming_memory() if streamed else None
     source = _Source(tensors, config, where, encoding, dtype, host)
     return map_with_path(lambda path, _: source.load(path), abstract_params(config))
+
+
+def check_tensors(tensors: Mapping[str, Any], config: DecoderConfig, *, where: str) -> None:
+    """Check that a checkpoint holds what its configuration says, before anything is read.
+
+    Args:
+        tensors: What the checkpoint holds, by Hugging Face's names.
+        config: The model's shape.
+        where: What to call the checkpoint in messages.
+
+    Raises:
+        InputError: Tensors are missing, unknown, of the wrong shape or dtype.
+    """
+    _check_names(tensors, config, where)
+    _check_shapes(tensors, config, where)
 
 
 class _Source(NamedTuple):
@@ -115,8 +129,8 @@ class _Source(NamedTuple):
                 "Load with quantization=None, which makes all of them dense."
             )
         if self.encoding is not None and all(pre):
-            stacked = _stack([self.read_bnb(path, name) for name in names], self.where)
-            return stream(stacked) if self.host is not None else stacked
+            stacked = self.read_bnb(path, names)
+            return stacked if path.startswith("layers/") else _first(stacked)
         linear = path.startswith("layers/") and path.endswith("/kernel")
         if self.encoding is not None and linear:
             return self.encode(path, names, self.encoding)
@@ -130,9 +144,11 @@ class _Source(NamedTuple):
     def is_bnb(self, name: str) -> bool:
         return bnb_parts(self.tensors, name) is not None
 
-    def read_bnb(self, path: str, name: str) -> QuantizedArray:
+    def read_bnb(self, path: str, names: tuple[str, ...]) -> QuantizedArray:
+        """Weights that are in 4 bits already, stacked."""
+        dtype = self.stored_dtype(path, names[0])
         shape = tensor_shape(path, self.config)
-        return read_bnb(self.tensors, name, shape, dtype=self.stored_dtype(path, name))
+        return read_bnb(self.tensors, names, shape, dtype=dtype, host=self.host)
 
     def dense(self, path: str, names: tuple[str, ...]) -> Array:
         """The tensors as they are, kernels transposed, in the storage dtype."""
@@ -143,7 +159,8 @@ class _Source(NamedTuple):
         for name, layer in zip(names, stack, strict=True):
             rows = layer.T if path.endswith("/kernel") else layer
             if self.is_bnb(name):
-                rows[:] = np.asarray(dequantize_rows(self.read_bnb(path, name), jnp.dtype(dtype)))
+                packed = _first(self.read_bnb(path, (name,)))
+                rows[:] = np.asarray(dequantize_rows(packed, jnp.dtype(dtype)))
                 continue
             for start, chunk in _chunks(self.tensors[name]):
                 values = chunk.astype(dtype, copy=False)
@@ -223,15 +240,8 @@ def _encode(rows: Array, format: str, block_size: int) -> tuple[QuantizedArray, 
 _encode_absmax = jax.jit(quantize_absmax)
 
 
-def _stack(parts: list[QuantizedArray], where: str) -> QuantizedArray:
-    """Layers that are in 4 bits already, as one array."""
-    for part in parts:
-        if jax.tree.structure(part) != jax.tree.structure(parts[0]):
-            raise InputError(
-                f"{where}: layers are quantized differently ({parts[0]!r} and {part!r}): expected "
-                "all alike. Load with quantization=None, which makes all of them dense."
-            )
-    return jax.tree.map(lambda *xs: jnp.stack(xs), *parts)
+def _first(stacked: QuantizedArray) -> QuantizedArray:
+    return jax.tree.map(lambda x: x[0], stacked)
 
 
 def _check_names(tensors: Mapping[str, Any], config: DecoderConfig, where: str) -> None:

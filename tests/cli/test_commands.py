@@ -92,6 +92,24 @@ def test_merge_writes_a_model_with_the_same_logits(finished, tmp_path, capsys):
     assert "Largest difference of a logit" in text
 
 
+def test_quantize_writes_a_model_that_is_read_as_it_is(tmp_path, capsys):
+    output = tmp_path / "four"
+    assert main(["quantize", LLAMA, str(output), "--json"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert (figures["output"], figures["format"]) == (str(output), "nf4")
+    kernel = jq.load_model(output).params["layers"]["mlp"]["up_proj"]["kernel"]
+    assert kernel.format == "nf4" and kernel.double_quant
+    assert main(["quantize", LLAMA, str(output)]) == 2
+    assert "is in use" in capsys.readouterr().err
+    other = ["--format", "fp4", "--no_double_quant", "--block_size", "32", "--overwrite"]
+    assert main(["quantize", LLAMA, str(output), *other]) == 0
+    assert f"Wrote '{output}': 63 tensors" in capsys.readouterr().out
+    kernel = jq.load_model(output).params["layers"]["mlp"]["up_proj"]["kernel"]
+    assert (kernel.format, kernel.block_size, kernel.double_quant) == ("fp4", 32, False)
+    assert main(["quantize", LLAMA, str(output), "--block_size", "48", "--overwrite"]) == 2
+    assert "blocks of 48: bitsandbytes has" in capsys.readouterr().err
+
+
 def test_preview_shows_what_is_learned(capsys):
     assert main(["preview", *COMMON]) == 0
     text = capsys.readouterr().out

@@ -95,6 +95,13 @@ def test_missing_part(tmp_path: Path):
     [
         ({"shape": [64, 64]}, r"has shape \[64, 64\], expected \[64, 176\] from config.json"),
         ({"blocksize": 128}, "in blocks of 128 has .* block constants"),
+        ({"blocksize": 0}, "contradicts itself: 'nf4' under the name of nf4, blocks of 0"),
+        ({"blocksize": 10**15}, "contradicts itself"),
+        ({"quant_type": "fp4"}, "contradicts itself: 'fp4' under the name of nf4"),
+        ({"nested_blocksize": 0}, "contradicts itself.* groups of 0"),
+        ({"nested_blocksize": 16}, "has 1 constants of groups; expected 11"),
+        ({"nested_offset": "much"}, "quantization state that cannot be read"),
+        ({"nested_blocksize": None}, "quantization state that cannot be read"),
         ({"nested_offset": float("nan")}, "block constants that are not finite"),
     ],
 )
@@ -145,20 +152,25 @@ def test_layers_that_are_not_alike(tmp_path: Path):
 def test_rows_of_odd_length(tmp_path: Path):
     tensors = read_directory(MODELS / "llama_bnb4")
     with pytest.raises(InputError, match=r"has shape \[64, 176\], expected \[64, 177\]"):
-        read_bnb(tensors, NAME, (64, 177), dtype=jnp.float32)
+        read_bnb(tensors, [NAME], (64, 177), dtype=jnp.float32)
 
 
 @pytest.mark.parametrize(
     ("quantization", "message"),
     [
-        ({"quant_method": "gptq", "bits": 4}, r"quantized \(gptq\), which is not read"),
+        (
+            {"quant_method": "gptq", "bits": 4},
+            r"quantized \(gptq\), which is not read.* Use the unq",
+        ),
+        ({"quant_method": "awq", "bits": 4}, r"quantized \(awq\), which is not read"),
+        ([4], r"quantization_config is \[4\]; expected an object"),
         (
             {"quant_method": "bitsandbytes", "load_in_8bit": True, "load_in_4bit": False},
             r"\(bitsandbytes, 8 bits\)",
         ),
     ],
 )
-def test_other_quantizations_are_refused(quantization: dict, message: str):
+def test_other_quantizations_are_refused(quantization: Any, message: str):
     with pytest.raises(InputError, match=message):
         check_quantization({"quantization_config": quantization}, where="config.json")
     check_quantization({}, where="config.json")

@@ -14,7 +14,9 @@ import pytest
 
 import jax_qlora as jq
 from jax_qlora.interop.hf_write import save_hf
+from jax_qlora.interop.load_params import Encoding
 from jax_qlora.interop.peft_config import read_config
+from jax_qlora.interop.quantize_checkpoint import quantize_checkpoint
 from jax_qlora.optim import adamw
 
 pytestmark = [pytest.mark.reference, pytest.mark.filterwarnings("ignore")]
@@ -197,6 +199,29 @@ def test_the_same_quantized_model_as_bitsandbytes(
     adapted = load_in_peft(peft, base, tmp_path / "a")
     got = np.asarray(stored.apply(jq.attach(stored.params, adapter), tokens))
     np.testing.assert_allclose(got, logits_of(torch, adapted, tokens), atol=5e-4)
+
+
+@pytest.mark.parametrize(
+    "encoding",
+    [Encoding("nf4", 64, True), Encoding("fp4", 64, False), Encoding("nf4", 32, False)],
+    ids=str,
+)
+def test_a_4_bit_model_written_here_is_the_same_model_in_bitsandbytes(
+    torch: Any, theirs: Any, ours: Any, checkpoint: Path, tokens: Any, tmp_path: Path, encoding: Any
+):
+    pytest.importorskip("bitsandbytes")
+    quantize_checkpoint(checkpoint, tmp_path / "q", encoding=encoding)
+    base = theirs(tmp_path / "q", device_map="cpu")
+    packed = [m for m in base.modules() if hasattr(m, "support_avx512bf16_for_cpu")]
+    for module in packed:
+        module.support_avx512bf16_for_cpu = False
+    assert len(packed) == 7 * ours.config.n_layers
+    assert packed[0].weight.dtype == torch.uint8
+    assert packed[0].weight.quant_state.nested == encoding.double_quant
+    model = jq.load_model(tmp_path / "q")
+    got = np.asarray(model.apply(model.params, tokens))
+    np.testing.assert_allclose(got, logits_of(torch, base, tokens), atol=5e-4)
+    assert np.abs(got - np.asarray(ours.apply(ours.params, tokens))).max() > 0.1
 
 
 # --- which modules a configuration names -----------------------------------------------------
