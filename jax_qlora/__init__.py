@@ -16,11 +16,16 @@ from .lora import LoraArray as LoraArray
 from .lora import LoraPair as LoraPair
 from .lora import Target as Target
 from .lora import Targets as Targets
+from .lora import adapter_index as adapter_index
 from .lora import attach as attach
+from .lora import attach_many as attach_many
 from .lora import combine_adapters as combine_adapters
 from .lora import init_adapter as init_adapter
 from .lora import merge as merge
+from .lora import over_rows as over_rows
 from .lora import quantize as quantize
+from .lora import select_adapter as select_adapter
+from .lora import stack_adapters as stack_adapters
 from .lora import summary as summary
 from .lora import unmerge as unmerge
 from .quant import QuantizedArray as QuantizedArray

@@ -9,7 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from .errors import InputError
+from .lora import over_rows
 from .models import Model
+from .models.decoder import Cache
 from .typing import Array, ArrayLike, Bool, Float, Int, Key, PyTree
 
 Generator = Callable[[PyTree, ArrayLike, ArrayLike, Array], Array]
@@ -33,6 +35,9 @@ class Sampling:
 
 GREEDY = Sampling()
 
+_CACHE = Cache(k=1, v=1, valid=0, length=None)  # type: ignore[arg-type]
+"""The axis of the batch in each part of a cache."""
+
 
 def make_generator(
     model: Model,
@@ -44,7 +49,8 @@ def make_generator(
     """Return a jitted function that continues a batch of left-padded prompts.
 
     It takes any parameter tree the model runs on, so one function serves the base, an adapter
-    attached to it and merged weights; trees of equal structure share one compilation.
+    attached to it, merged weights, and an adapter for each row (`attach_many`); trees of equal
+    structure share one compilation.
 
     Args:
         model: The decoder.
@@ -63,6 +69,8 @@ def make_generator(
     _check_sampling(sampling, max_new_tokens)
     ends = model.config.eos_token_ids if eos_ids is None else tuple(eos_ids)
     fill = ends[0] if ends else 0
+    decode = over_rows(model.decode_hidden, in_axes=(0, _CACHE), out_axes=(0, _CACHE))
+    head = over_rows(model.head)
 
     def is_end(token: Array) -> Array:
         return jnp.isin(token, jnp.array(ends, jnp.int32)) if ends else jnp.zeros_like(token, bool)
@@ -76,10 +84,10 @@ def make_generator(
     ) -> Int[Array, "batch new"]:
         batch, seq = tokens.shape
         cache = model.init_cache(batch, seq + max_new_tokens)
-        hidden, cache = model.decode_hidden(params, tokens, cache, attention_mask=attention_mask)
+        hidden, cache = decode(params, tokens, cache, attention_mask=attention_mask)
 
         def choose(hidden: Array, step: Array) -> Array:
-            logits = model.head(params, hidden)
+            logits = head(params, hidden)
             return sample(logits, sampling, jax.random.fold_in(key, step))
 
         first = choose(hidden[:, -1], jnp.int32(0))
@@ -91,7 +99,7 @@ def make_generator(
 
         def advance(carry: tuple) -> tuple:
             step, token, done, cache, out = carry
-            hidden, cache = model.decode_hidden(params, token[:, None], cache)
+            hidden, cache = decode(params, token[:, None], cache)
             token = jnp.where(done, token, choose(hidden[:, 0], step))
             out = jax.lax.dynamic_update_slice(out, token[:, None], (jnp.int32(0), step))
             return step + jnp.int32(1), token, done | is_end(token), cache, out

@@ -154,3 +154,24 @@ def test_bad_lengths(model):
     generate = make_generator(model, max_new_tokens=model.config.max_length)
     with pytest.raises(InputError, match="the model's context"):
         generate(model.params, *pad_left(PROMPTS), KEY)
+
+
+def test_a_batch_whose_rows_use_different_adapters(model):
+    """Prefill and cache, each row under its own adapter; one compilation whoever gets which."""
+    base, adapter = quantized(model)
+    adapters = {"one": adapter, "two": jax.tree.map(lambda x: -1.5 * x, adapter)}
+    stacked = jq.stack_adapters(adapters)
+    generate = make_generator(model, max_new_tokens=5, eos_ids=())
+    batch = pad_left(PROMPTS, multiple=8)
+    alone = {
+        name: np.asarray(generate(jq.attach(base, pairs), *batch, KEY))
+        for name, pairs in {**adapters, None: jax.tree.map(jnp.zeros_like, adapter)}.items()
+    }
+    assert len({rows.tobytes() for rows in alone.values()}) == 3
+    compiled = generate._cache_size()  # pyright: ignore[reportFunctionMemberAccess]
+    for names in (["two", "one", None], [None, "two", "one"]):
+        params = jq.attach_many(base, stacked, jq.adapter_index(adapters, names))
+        rows = np.asarray(generate(params, *batch, KEY))
+        for row, name in enumerate(names):
+            np.testing.assert_array_equal(rows[row], alone[name][row])
+    assert generate._cache_size() == compiled + 1  # pyright: ignore[reportFunctionMemberAccess]

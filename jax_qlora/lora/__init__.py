@@ -10,6 +10,12 @@ from .adapter import unmerge as unmerge
 from .array import LoraArray as LoraArray
 from .array import LoraPair as LoraPair
 from .combine import combine_adapters as combine_adapters
+from .many import RowAdapters as RowAdapters
+from .many import attach_many as attach_many
+from .many import over_rows as over_rows
+from .stack import adapter_index as adapter_index
+from .stack import select_adapter as select_adapter
+from .stack import stack_adapters as stack_adapters
 from .summary import summary as summary
 from .targets import Target as Target
 from .targets import Targets as Targets
