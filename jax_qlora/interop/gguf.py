@@ -30,7 +30,7 @@ _PLAIN = {
     GGMLQuantizationType.F16: np.dtype(np.float16),
     GGMLQuantizationType.BF16: np.dtype(jnp.bfloat16),
 }
-_LAYER_NAMES = {
+LAYER_NAMES = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
@@ -41,7 +41,7 @@ _LAYER_NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-_TOP_NAMES = {
+TOP_NAMES = {
     "token_embd.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
     "output.weight": "lm_head.weight",
@@ -277,10 +277,10 @@ def _rename(
     for entry in entries.values():
         block, _, rest = entry.name.removeprefix("blk.").partition(".")
         module, _, kind = rest.rpartition(".")
-        if entry.name in _TOP_NAMES:
-            name = _TOP_NAMES[entry.name]
-        elif entry.name.startswith("blk.") and module in _LAYER_NAMES:
-            name = f"model.layers.{block}.{_LAYER_NAMES[module]}.{kind}"
+        if entry.name in TOP_NAMES:
+            name = TOP_NAMES[entry.name]
+        elif entry.name.startswith("blk.") and module in LAYER_NAMES:
+            name = f"model.layers.{block}.{LAYER_NAMES[module]}.{kind}"
         else:
             raise InputError(
                 f"'{file}': tensor '{entry.name}' is not one of a llama model; expected names such "

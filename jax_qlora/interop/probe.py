@@ -28,18 +28,21 @@ class Probe:
     largest: float
 
 
-def compare_logits(model: Model, params: PyTree, path: str | Path) -> Probe:
-    """Load a written model, dense and in the same compute dtype, and compare its logits.
+def compare_logits(
+    model: Model, params: PyTree, path: str | Path, *, quantization: str | None = None
+) -> Probe:
+    """Load a written model, in the same compute dtype, and compare its logits.
 
     Args:
         model: The model that was written.
         params: Its parameters, with the adapter attached if one was folded in.
         path: Where it was written.
+        quantization: How to load it, as `load_model`; None for dense.
 
     Raises:
         InputError: It cannot be loaded.
     """
-    written = load_model(path, quantization=None, compute_dtype=model.compute_dtype)
+    written = load_model(path, quantization=quantization, compute_dtype=model.compute_dtype)
     length = min(_TOKENS, model.config.max_length)
     rng = np.random.default_rng(0)
     tokens = jnp.asarray(rng.integers(0, model.config.vocab_size, (1, length), np.int32))

@@ -12,6 +12,7 @@ from .gguf_metadata import read_gguf_metadata
 
 # Values of `tokenizer.ggml.pre` that are read: the rule that splits text into words.
 _GPT2, _DIGITS, _LLAMA3 = ("gpt-2", "default"), ("smollm",), ("llama-bpe",)
+SPLITS = ("gpt-2", *_DIGITS, *_LLAMA3)  # one name for each rule
 _LLAMA3_WORDS = (  # llama.cpp, src/llama-vocab.cpp
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -80,7 +81,7 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any], *, where: str = "GGUF metad
             ignore_merges=split in _LLAMA3,
         )
     )
-    tokenizer.pre_tokenizer = _splitter(split)
+    tokenizer.pre_tokenizer = splitter(split)
     tokenizer.decoder = decoders.ByteLevel()
     special = {
         name: tokens[get(key)]
@@ -153,7 +154,12 @@ def _quiet_transformers() -> Iterator[Any]:
             os.environ[name] = before
 
 
-def _splitter(split: str) -> Any:
+def splitter(split: str) -> Any:
+    """Return the pre-tokenizer of a rule.
+
+    Args:
+        split: One of the values of `tokenizer.ggml.pre` that are read.
+    """
     from tokenizers import Regex, pre_tokenizers
 
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split not in _LLAMA3)

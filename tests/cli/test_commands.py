@@ -92,6 +92,53 @@ def test_merge_writes_a_model_with_the_same_logits(finished, tmp_path, capsys):
     assert "Largest difference of a logit" in text
 
 
+def test_export_in_every_format(finished, tmp_path, capsys):
+    model = jq.load_model(LLAMA, quantization="nf4")
+    params = jq.attach(model.params, jq.load_adapter(finished / "adapter", model))
+    tokens = jnp.asarray(np.arange(3, 40)[None])
+    want = model.apply(params, tokens)
+
+    def export(name, *args):
+        assert main(["export", str(tmp_path / name), "--run", str(finished), "--json", *args]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    figures = export("m.gguf", "--format", "gguf", "--gguf_type", "f32")
+    assert figures["updates"] == 14 and figures["logit_difference"] < 1e-3
+    written = jq.load_model(tmp_path / "m.gguf", quantization=None)
+    np.testing.assert_allclose(written.apply(written.params, tokens), want, atol=2e-4)
+    assert export("q.gguf", "--format", "gguf", "--gguf_type", "q4_0")["logit_difference"] > 1e-3
+    figures = export("bnb", "--format", "bnb")
+    assert 1e-3 < figures["logit_difference"] < figures["largest_logit"]
+    kernel = jq.load_model(tmp_path / "bnb").params["layers"]["mlp"]["up_proj"]["kernel"]
+    assert kernel.format == "nf4"
+    assert export("hf", "--format", "hf", "--dtype", "bfloat16")["dtype"] == "bfloat16"
+
+    figures = export("a.gguf", "--format", "gguf-lora")
+    assert figures["updates"] == 14 and figures["tensors"] == 28
+    assert export("peft", "--format", "peft")["modules"] == 14
+    again = jq.load_adapter(tmp_path / "peft", model)
+    np.testing.assert_allclose(model.apply(jq.attach(model.params, again), tokens), want, atol=1e-5)
+
+    for args, message in {
+        ("peft", "--format", "peft", "--run", str(finished)): "is in use",
+        ("x", "--format", "gguf", "--run", str(finished)): "expected the name of a .gguf file",
+        ("x", "--format", "peft", "--model", LLAMA): "expected --run or --adapter",
+        ("x", "--format", "hf", "--model", LLAMA, "--adapter", "a"): "--quantization: expected",
+    }.items():
+        assert main(["export", str(tmp_path / args[0]), *args[1:]]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_export_of_a_model_alone(tmp_path, capsys):
+    for name, *args in [("bnb", "--format", "bnb"), ("hf", "--format", "hf"),
+                        ("m.gguf", "--format", "gguf")]:  # fmt: skip
+        assert main(["export", str(tmp_path / name), "--model", LLAMA, *args]) == 0
+        assert f"Wrote '{tmp_path / name}'" in capsys.readouterr().out
+    want = jq.load_model(LLAMA, quantization=None).params["layers"]["mlp"]["up_proj"]["kernel"]
+    got = jq.load_model(tmp_path / "hf", quantization=None).params["layers"]["mlp"]["up_proj"]
+    np.testing.assert_array_equal(got["kernel"], want)
+
+
 def test_quantize_writes_a_model_that_is_read_as_it_is(tmp_path, capsys):
     output = tmp_path / "four"
     assert main(["quantize", LLAMA, str(output), "--json"]) == 0

@@ -1,0 +1,327 @@
+# SPDX-License-Identifier: Apache-2.0
+"""GGUF files of the llama architecture, written tensor by tensor: what `gguf.py` reads.
+
+The rows of the query and key projections are permuted, so that rotary pairs are neighbors.
+
+References:
+    `conversion/base.py` and `conversion/llama.py` of https://github.com/ggml-org/llama.cpp.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter, LlamaFileType
+from gguf.quants import quantize
+
+from ..errors import InputError
+from ..models import DecoderConfig
+from ..models.rope import rope_frequencies, scale_frequencies
+from ..typing import PyTree
+from .gguf import LAYER_NAMES, TOP_NAMES, config_from_gguf
+from .gguf_metadata import GGUFEntry, read_gguf_header
+from .gguf_tokenizer import tokenizer_to_gguf
+from .hf import tensor_names, tensor_shape
+from .hf_write import Progress, SavedModel, checked_leaves, count_updates, dense_tensor
+from .output import new_file
+
+_F32, _F16 = GGMLQuantizationType.F32, GGMLQuantizationType.F16
+_Q8_0, _Q4_0 = GGMLQuantizationType.Q8_0, GGMLQuantizationType.Q4_0
+KINDS = {
+    "f32": (_F32, LlamaFileType.ALL_F32),
+    "f16": (_F16, LlamaFileType.MOSTLY_F16),
+    "q8_0": (_Q8_0, LlamaFileType.MOSTLY_Q8_0),
+    "q4_0": (_Q4_0, LlamaFileType.MOSTLY_Q4_0),
+}
+_NAMES = {hf: name for name, hf in LAYER_NAMES.items()}
+_TOP = {hf: name for name, hf in TOP_NAMES.items()}
+_CHUNK = 1 << 20  # elements quantized at a time: NumPy makes several copies of them
+
+
+class GGUFPlan(NamedTuple):
+    """A tensor to write: its place in the file is planned first, its data are made when due.
+
+    Attributes:
+        kind: Its type.
+        shape: Its shape, slowest axis first.
+        make: Returns its data, encoded.
+    """
+
+    kind: GGMLQuantizationType
+    shape: tuple[int, ...]
+    make: Callable[[], np.ndarray]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its data."""
+        block, size = GGML_QUANT_SIZES[self.kind]
+        return math.prod(self.shape) // block * size
+
+
+def save_gguf(
+    file: str | Path,
+    params: PyTree,
+    config: DecoderConfig,
+    *,
+    kind: str = "f16",
+    tokenizer: Any,
+    name: str | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> SavedModel:
+    """Write a GGUF file that llama.cpp runs.
+
+    Norms and biases are float32. With `q4_0` the embedding and the head are Q8_0, which costs
+    little and keeps much; rows that are no multiple of the 32 of a block stay F16.
+
+    Args:
+        file: Where to; must not exist, unless `overwrite`.
+        params: The parameter tree; leaves may be arrays, QuantizedArray or LoraArray.
+        config: The model's shape.
+        kind: "f32", "f16", "q8_0" or "q4_0".
+        tokenizer: A `transformers` tokenizer with a byte-level BPE.
+        name: What the file calls the model.
+        overwrite: Replace a file that is there.
+        progress: Called after each tensor.
+
+    Returns:
+        What was written.
+
+    Raises:
+        InputError: The file is in use; the model is none of the llama architecture; the tokenizer
+            is of another kind; a weight is not finite in F16; or the disk is full.
+    """
+    if kind not in KINDS:
+        raise InputError(f"GGUF type '{kind}': expected one of {', '.join(KINDS)}.")
+    if tokenizer is None:
+        raise InputError(
+            f"'{file}' needs a tokenizer: expected one beside the model, a tokenizer.json. A GGUF "
+            "file is of no use without."
+        )
+    planned = _plan(params, config, kind)
+    metadata = model_metadata(config) | {"general.type": "model"}
+    metadata |= {"general.name": name} if name else {}
+    metadata["general.file_type"] = int(KINDS[kind][1])
+    metadata["general.quantization_version"] = 2
+    _check_readable(metadata, planned, config)
+    metadata |= tokenizer_to_gguf(tokenizer, config)
+    return write_gguf(
+        file,
+        metadata,
+        planned,
+        updates=count_updates(params),
+        overwrite=overwrite,
+        progress=progress,
+    )
+
+
+def model_metadata(config: DecoderConfig) -> dict[str, Any]:
+    """Return the keys that say what a llama model computes.
+
+    Args:
+        config: The model's shape.
+    """
+    values: dict[str, Any] = {
+        "block_count": config.n_layers,
+        "context_length": config.max_length,
+        "embedding_length": config.d_model,
+        "feed_forward_length": config.d_ff,
+        "attention.head_count": config.n_heads,
+        "attention.head_count_kv": config.n_kv_heads,
+        "attention.key_length": config.head_dim,
+        "attention.value_length": config.head_dim,
+        "attention.layer_norm_rms_epsilon": float(config.norm_eps),
+        "rope.dimension_count": config.head_dim,
+        "rope.freq_base": float(config.rope_theta),
+        "vocab_size": config.vocab_size,
+    }
+    if config.rope_scaling is not None and config.rope_scaling.kind == "linear":
+        values |= {
+            "rope.scaling.type": "linear",
+            "rope.scaling.factor": float(config.rope_scaling.factor),
+        }
+    return {"general.architecture": "llama"} | {f"llama.{k}": v for k, v in values.items()}
+
+
+def gguf_name(name: str) -> str:
+    """Return what GGUF calls a tensor of a llama checkpoint.
+
+    >>> gguf_name("model.layers.3.self_attn.q_proj.weight")
+    'blk.3.attn_q.weight'
+    >>> gguf_name("lm_head.weight")
+    'output.weight'
+
+    Raises:
+        InputError: The llama architecture has no such tensor.
+    """
+    layer, _, rest = name.removeprefix("model.layers.").partition(".")
+    module, _, kind = rest.rpartition(".")
+    if name in _TOP:
+        return _TOP[name]
+    if name.startswith("model.layers.") and module in _NAMES:
+        return f"blk.{layer}.{_NAMES[module]}.{kind}"
+    raise InputError(
+        f"'{name}' has no place in a GGUF file of the llama architecture. Write the model as a "
+        "Hugging Face directory (--format hf)."
+    )
+
+
+def heads_of(name: str, config: DecoderConfig) -> int:
+    """Return the number of heads by which a tensor's rows are permuted in GGUF; 0 for none."""
+    if ".self_attn.q_proj." in name:
+        return config.n_heads
+    return config.n_kv_heads if ".self_attn.k_proj." in name else 0
+
+
+def permute(rows: np.ndarray, heads: int) -> np.ndarray:
+    """Put each head's rows, (side, pair) in torch's layout, in the order (pair, side).
+
+    Args:
+        rows: `[heads * head_dim, ...]`.
+        heads: Number of heads; 0 leaves them as they are.
+    """
+    if not heads:
+        return rows
+    half = rows.shape[0] // heads // 2
+    return rows.reshape(heads, 2, half, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
+
+
+def write_gguf(
+    file: str | Path,
+    metadata: Mapping[str, Any],
+    planned: Mapping[str, GGUFPlan],
+    *,
+    updates: int,
+    overwrite: bool,
+    progress: Progress | None,
+) -> SavedModel:
+    """Write a GGUF file, making one tensor at a time, and read back its header.
+
+    Args:
+        file: Where to.
+        metadata: Key to bool, int, float, string, or list of strings or ints.
+        planned: The tensors, by name.
+        updates: Number of updates it holds.
+        overwrite: Replace a file that is there.
+        progress: Called after each tensor.
+
+    Raises:
+        InputError: The file is in use or cannot be written, or a tensor cannot be made.
+    """
+    with new_file(file, overwrite=overwrite) as partial_file:
+        writer = GGUFWriter(partial_file, metadata["general.architecture"])
+        try:
+            for key, value in metadata.items():
+                if key != "general.architecture":
+                    _add(writer, key, value)
+            for name, tensor in planned.items():
+                dtype = np.dtype(np.float32)  # the kind says how it is stored
+                writer.add_tensor_info(name, tensor.shape, dtype, tensor.nbytes, tensor.kind)
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+            for done, tensor in enumerate(planned.values(), 1):
+                writer.write_tensor_data(np.ascontiguousarray(tensor.make()))
+                if progress is not None:
+                    progress(done, len(planned))
+        finally:
+            writer.close()
+        _, found = read_gguf_header(partial_file)
+        size = partial_file.stat().st_size
+        wrong = [
+            name
+            for name, tensor in planned.items()
+            if name not in found
+            or (found[name].kind, found[name].shape) != (tensor.kind, tensor.shape)
+            or found[name].offset + tensor.nbytes > size
+        ]
+        if wrong:
+            raise OSError(f"tensor '{wrong[0]}' reads back as {found.get(wrong[0])}")
+    file = Path(file)
+    return SavedModel(
+        path=file,
+        tensors=len(found),
+        nbytes=sum(tensor.nbytes for tensor in planned.values()),
+        files={file.name: size},
+        updates=updates,
+    )
+
+
+def _add(writer: GGUFWriter, key: str, value: Any) -> None:
+    if isinstance(value, bool):
+        writer.add_bool(key, value)
+    elif isinstance(value, int):
+        writer.add_uint32(key, value)
+    elif isinstance(value, float):
+        writer.add_float32(key, value)
+    elif isinstance(value, str):
+        writer.add_string(key, value)
+    else:
+        writer.add_array(key, value)
+
+
+def _plan(params: PyTree, config: DecoderConfig, kind: str) -> dict[str, GGUFPlan]:
+    planned = {}
+    for path, leaf in checked_leaves(params, config).items():
+        shape = tensor_shape(path, config)
+        own = KINDS[kind][0] if len(shape) == 2 else _F32
+        if own == _Q4_0 and not path.startswith("layers/"):
+            own = _Q8_0
+        if shape[-1] % GGML_QUANT_SIZES[own][0]:
+            own = _F16
+        for layer, name in enumerate(tensor_names(path, config)):
+            index = layer if path.startswith("layers/") else None
+            make = partial(
+                _encoded, leaf, index, path.endswith("/kernel"), own, heads_of(name, config), name
+            )
+            planned[gguf_name(name)] = GGUFPlan(own, shape, make)
+    scaling = config.rope_scaling
+    if scaling is not None and scaling.kind == "llama3":
+        plain = rope_frequencies(replace(config, rope_scaling=None))
+        factors = np.asarray(plain / scale_frequencies(plain, scaling), np.float32)
+        planned["rope_freqs.weight"] = GGUFPlan(_F32, factors.shape, lambda: factors)
+    return planned
+
+
+def _encoded(
+    leaf: Any, layer: int | None, transpose: bool, kind: GGMLQuantizationType, heads: int, name: str
+) -> np.ndarray:
+    dtype = np.dtype(np.float16 if kind == _F16 else np.float32)
+    rows = permute(dense_tensor(leaf, layer, transpose, dtype, name), heads)
+    if kind in (_F32, _F16):
+        return rows
+    step = max(1, _CHUNK // rows.shape[1])
+    return np.concatenate(
+        [
+            quantize(np.ascontiguousarray(rows[start : start + step]), kind)
+            for start in range(0, len(rows), step)
+        ]
+    )
+
+
+def _check_readable(
+    metadata: Mapping[str, Any], planned: Mapping[str, GGUFPlan], config: DecoderConfig
+) -> None:
+    """The file says all that the configuration does, or the model is of another architecture."""
+    entries = {
+        name: GGUFEntry(name=name, shape=tensor.shape, kind=tensor.kind, offset=0)
+        for name, tensor in planned.items()
+    }
+    tokens = ("bos_token_id", "eos_token_ids", "pad_token_id")  # with the tokenizer
+    again = vars(config_from_gguf(metadata, entries))
+    lost = [
+        f"{field} = {value!r}"
+        for field, value in vars(config).items()
+        if field not in ("family", *tokens)
+        and not (field == "rope_scaling" and "rope_freqs.weight" in planned)
+        and again[field] != value
+    ]
+    if lost:
+        raise InputError(
+            f"A GGUF file of the llama architecture cannot say {', '.join(lost)}. Write the model "
+            "as a Hugging Face directory (--format hf)."
+        )

@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: Apache-2.0
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import gguf
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType
+from gguf.quants import dequantize, quantize
+from safetensors.numpy import load_file
+
+import jax_qlora as jq
+from jax_qlora.errors import InputError
+from jax_qlora.interop.gguf import read_gguf
+from jax_qlora.interop.gguf_lora import save_gguf_lora
+from jax_qlora.interop.gguf_tokenizer import tokenizer_to_gguf
+from jax_qlora.interop.gguf_write import save_gguf
+from jax_qlora.interop.tokenizer import SPLITS, tokenizer_from_gguf
+from jax_qlora.models import RopeScaling
+from tests.helpers import GOLDEN, assert_trees_close, golden
+from tests.interop.test_gguf import NAMES, TOP, permute
+from tests.tiny import quantized, tiny_model
+
+MODELS = GOLDEN / "models"
+
+
+@pytest.fixture(scope="module")
+def llama() -> Any:
+    return jq.load_model(MODELS / "llama", quantization=None)
+
+
+def tensors_of(file: Path) -> dict[str, Any]:
+    """By the `gguf` package's reader: kind and data of every tensor."""
+    return {t.name: (t.tensor_type, np.asarray(t.data)) for t in gguf.GGUFReader(file).tensors}
+
+
+def expected(config: Any) -> dict[str, np.ndarray]:
+    """The fixture under GGUF's names, by the tests' own table."""
+    heads = {"attn_q": config.n_heads, "attn_k": config.n_kv_heads}
+    tensors = {}
+    for hf, x in load_file(MODELS / "llama" / "model.safetensors").items():
+        module = hf.removesuffix(".weight")
+        if module in TOP:
+            tensors[f"{TOP[module]}.weight"] = x
+        else:
+            block, _, rest = module.removeprefix("model.layers.").partition(".")
+            x = permute(x, heads[NAMES[rest]]) if NAMES[rest] in heads else x
+            tensors[f"blk.{block}.{NAMES[rest]}.weight"] = x
+    return tensors
+
+
+@pytest.mark.parametrize("kind", ["f32", "f16", "q8_0", "q4_0"])
+def test_tensors_are_those_of_the_checkpoint(
+    tmp_path: Path, llama: Any, kind: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("jax_qlora.interop.gguf_write._CHUNK", 1 << 12)  # in pieces
+    saved = save_gguf(
+        tmp_path / "m.gguf", llama.params, llama.config, kind=kind, tokenizer=llama.tokenizer
+    )
+    found, want = tensors_of(saved.path), expected(llama.config)
+    assert found.keys() == want.keys() and saved.tensors == len(want)
+    assert saved.files == {"m.gguf": saved.path.stat().st_size}
+    for name, x in want.items():
+        stored = GGMLQuantizationType[kind.upper()] if x.ndim == 2 else GGMLQuantizationType.F32
+        if kind == "q4_0" and name in ("token_embd.weight", "output.weight"):
+            stored = GGMLQuantizationType.Q8_0
+        if "ffn_down" in name and kind.startswith("q"):  # rows of 176 are no blocks of 32
+            stored = GGMLQuantizationType.F16
+        assert found[name][0] == stored, name
+        np.testing.assert_array_equal(
+            dequantize(found[name][1], stored), dequantize(quantize(x, stored), stored), name
+        )
+    fields = gguf.GGUFReader(saved.path).fields
+    file_type = {"f32": 0, "f16": 1, "q8_0": 7, "q4_0": 2}[kind]
+    assert fields["general.file_type"].contents() == file_type
+    assert fields["general.type"].contents() == "model"
+
+
+def test_the_file_is_the_same_model_here(tmp_path: Path, llama: Any):
+    save_gguf(tmp_path / "m.gguf", llama.params, llama.config, kind="f32",
+              tokenizer=llama.tokenizer, name="tiny")  # fmt: skip
+    model = jq.load_model(tmp_path / "m.gguf", quantization=None)
+    assert dataclasses.replace(model.config, family="llama") == llama.config
+    assert_trees_close(model.params, llama.params)
+    outputs = golden("model_outputs.npz")
+    mask = outputs["llama/left/attention_mask"]
+    tokens = jnp.asarray(outputs["llama/left/input_ids"], jnp.int32)
+    got = model.apply(model.params, tokens, attention_mask=jnp.asarray(mask))
+    np.testing.assert_allclose(got[mask == 1], outputs["llama/left/logits"][mask == 1], atol=1e-4)
+
+    cases = json.loads((GOLDEN / "tokenizer_outputs.json").read_text())
+    for case in cases["texts"]:
+        assert model.tokenizer(case["text"])["input_ids"] == case["ids"]
+    for chat in cases["chats"]:
+        rendered = model.tokenizer.apply_chat_template(chat["messages"], tokenize=False)
+        assert rendered == chat["rendered"]
+    assert "generation %}" not in model.tokenizer.chat_template
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        assert getattr(model.tokenizer, name) == getattr(llama.tokenizer, name)
+
+
+def test_an_adapter_is_folded_in(tmp_path: Path, llama: Any):
+    model = jq.load_model(MODELS / "llama")
+    targets = jq.find_targets(model.apply, model.params, jnp.ones((1, 4), jnp.int32))
+    adapter = jq.init_adapter(jax.random.key(1), targets, rank=2, alpha=4)
+    adapter = jax.tree.map(lambda x: x + 0.05, adapter)
+    params = jq.attach(model.params, adapter)
+    saved = save_gguf(
+        tmp_path / "m.gguf", params, model.config, kind="f32", tokenizer=model.tokenizer
+    )
+    assert saved.updates == 14
+    again = jq.load_model(saved.path, quantization=None)
+    assert_trees_close(again.params, jq.merge(model.params, adapter), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("factor", [8.0, 32.0])
+def test_scaled_rotary_frequencies(tmp_path: Path, llama: Any, factor: float):
+    for scaling in (
+        RopeScaling(kind="llama3", factor=factor),
+        RopeScaling(kind="linear", factor=factor),
+    ):
+        config = dataclasses.replace(llama.config, rope_scaling=scaling)
+        file = tmp_path / f"{scaling.kind}.gguf"
+        save_gguf(file, llama.params, config, kind="q8_0", tokenizer=llama.tokenizer)
+        assert read_gguf(file)[0].rope_scaling == scaling
+
+
+def test_what_cannot_be_written(tmp_path: Path, llama: Any):
+    file = tmp_path / "m.gguf"
+
+    def write(params: Any = llama.params, config: Any = llama.config, **options: Any) -> None:
+        save_gguf(file, params, config, **{"tokenizer": llama.tokenizer} | options)
+
+    with pytest.raises(InputError, match="GGUF type 'q3': expected one of f32, f16, q8_0, q4_0"):
+        write(kind="q3")
+    with pytest.raises(InputError, match="needs a tokenizer"):
+        write(tokenizer=None)
+    with pytest.raises(InputError, match="expected a byte-level BPE.* found Letters"):
+        write(tokenizer=tiny_model().tokenizer)
+    huge = jax.tree.map(lambda x: x * 1e6, llama.params)
+    with pytest.raises(InputError, match="values that are not finite in float16"):
+        write(huge, kind="f16")
+    assert list(tmp_path.iterdir()) == []
+    write(kind="f16")
+    with pytest.raises(InputError, match="is in use"):
+        write(kind="f32")
+    write(kind="f32", overwrite=True)
+    assert tensors_of(file)["output.weight"][0] == GGMLQuantizationType.F32
+
+
+def test_updates_in_a_file_of_their_own(tmp_path: Path, llama: Any):
+    """`alpha / rank * b @ a` as llama.cpp computes it, of the rows in llama.cpp's order."""
+    targets = jq.find_targets(llama.apply, llama.params, jnp.ones((1, 4), jnp.int32))
+    adapter = jq.init_adapter(
+        jax.random.key(1), targets.select(["q_proj", "k_proj", "down_proj", "lm_head"]),
+        rank=4, alpha=6, rslora=True, rank_pattern={"q_proj": 3}, alpha_pattern={"k_proj": 11.5},
+    )  # fmt: skip
+    adapter = jax.tree.map(lambda x: x + 0.05, adapter)
+    path = "layers/mlp/down_proj/kernel"
+    none = jax.tree.map(lambda x: x.at[0].set(0.0), adapter[path])
+    adapter |= {path: none}  # of one layer
+    saved = save_gguf_lora(tmp_path / "a.gguf", adapter, llama.config, name="mine")
+    found = {k: x for k, (_, x) in tensors_of(saved.path).items()}
+    assert saved.updates == 2 + 2 + 1 + 1 and len(found) == saved.tensors == 12
+    fields = {k: v.contents() for k, v in gguf.GGUFReader(saved.path).fields.items()}
+    assert fields["general.type"] == "adapter" and fields["adapter.type"] == "lora"
+    assert fields["general.architecture"] == "llama" and fields["general.name"] == "mine"
+    heads = {"attn_q": llama.config.n_heads, "attn_k": llama.config.n_kv_heads}
+    for hf, name in {"self_attn/q_proj": "attn_q", "self_attn/k_proj": "attn_k",
+                     "mlp/down_proj": "ffn_down"}.items():  # fmt: skip
+        delta = np.asarray(adapter[f"layers/{hf}/kernel"].delta_rows())
+        for layer in range(2):
+            stem = f"blk.{layer}.{name}.weight"
+            if stem == "blk.0.ffn_down.weight":
+                assert f"{stem}.lora_a" not in found
+                continue
+            a, b = found[f"{stem}.lora_a"], found[f"{stem}.lora_b"]
+            got = fields["adapter.lora.alpha"] / a.shape[0] * (b @ a)
+            want = permute(delta[layer], heads[name]) if name in heads else delta[layer]
+            np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+    assert found["output.weight.lora_b"].shape == (llama.config.vocab_size, 4)
+
+
+def test_updates_that_cannot_be_written(tmp_path: Path, llama: Any):
+    base, adapter = quantized(tiny_model())
+    with pytest.raises(InputError, match=r"for a kernel of shape .*; expected \(2, 176, 64\)"):
+        save_gguf_lora(tmp_path / "a.gguf", adapter, llama.config)
+    path = "layers/mlp/up_proj/kernel"
+    zero = {path: jax.tree.map(jnp.zeros_like, adapter[path])}
+    config = tiny_model().config
+    with pytest.raises(InputError, match="changes nothing"):
+        save_gguf_lora(tmp_path / "a.gguf", zero, config)
+    with pytest.raises(InputError, match="changes nothing"):
+        save_gguf_lora(tmp_path / "a.gguf", {}, config)
+    bad = {path: dataclasses.replace(adapter[path], b=adapter[path].b * jnp.nan)}
+    with pytest.raises(InputError, match="model.layers.0.mlp.up_proj.weight' has values not fin"):
+        save_gguf_lora(tmp_path / "a.gguf", bad, config)
+    other = dataclasses.replace(adapter[path])
+    object.__setattr__(other, "magnitude", 1.0)
+    with pytest.raises(InputError, match="is no plain LoRA"):
+        save_gguf_lora(tmp_path / "a.gguf", {path: other}, config)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("rule", SPLITS)
+@pytest.mark.parametrize("bos", [True, False])
+def test_a_tokenizer_comes_back(llama: Any, rule: str, bos: bool):
+    metadata = tokenizer_to_gguf(llama.tokenizer, llama.config)
+    assert metadata["tokenizer.ggml.pre"] == "gpt-2"
+    metadata |= {"tokenizer.ggml.pre": rule, "tokenizer.ggml.add_bos_token": bos}
+    again = tokenizer_to_gguf(tokenizer_from_gguf(metadata), llama.config)
+    assert again == metadata
+    padded = dataclasses.replace(llama.config, vocab_size=322, eos_token_ids=(2, 6))
+    wider = tokenizer_to_gguf(llama.tokenizer, padded)
+    assert wider["tokenizer.ggml.tokens"][320:] == ["[PAD320]", "[PAD321]"]
+    assert wider["tokenizer.ggml.token_type"][319:] == [1, 5, 5]
+    assert wider["tokenizer.ggml.eot_token_id"] == 6
