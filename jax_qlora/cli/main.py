@@ -16,6 +16,7 @@ COMMANDS = {
     "fit": "plan the memory of a run on a GPU that need not be there",
     "train": "fine-tune a model as a TOML file says",
     "generate": "answer prompts, with or without an adapter",
+    "inspect": "say what is in a checkpoint or an adapter",
     "quantize": "write a model in 4 bits, once, as bitsandbytes does",
     "merge": "fold an adapter into its model and write a Hugging Face directory",
     "export": "write a model or an adapter for transformers, bitsandbytes, PEFT or llama.cpp",

@@ -56,9 +56,9 @@ def report(saved: "SavedModel", *, as_json: bool, notes: list[str], **figures: A
     if as_json:
         print(json.dumps(record))
         return
-    print(f"Wrote '{saved.path}': {saved.tensors} tensors, {_size(saved.nbytes)}.")
-    for name, size in saved.files.items():
-        print(f"  {name}  {_size(size)}")
+    print(f"Wrote '{saved.path}': {saved.tensors} tensors, {size(saved.nbytes)}.")
+    for name, count in saved.files.items():
+        print(f"  {name}  {size(count)}")
     for note in notes:
         print(note)
 
@@ -106,7 +106,8 @@ def updates_note(saved: "SavedModel", adapter: Any) -> list[str]:
     return [f"{saved.updates} updates folded in."]
 
 
-def _size(count: int) -> str:
+def size(count: int) -> str:
+    """Bytes, as people read them."""
     for unit, step in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= step:
             return f"{count / step:.2f} {unit}"
