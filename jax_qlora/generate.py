@@ -35,7 +35,7 @@ class Sampling:
 
 GREEDY = Sampling()
 
-_CACHE = Cache(k=1, v=1, valid=0, length=None)  # type: ignore[arg-type]
+CACHE_AXES = Cache(k=1, v=1, valid=0, length=None)  # type: ignore[arg-type]
 """The axis of the batch in each part of a cache."""
 
 
@@ -69,7 +69,7 @@ def make_generator(
     _check_sampling(sampling, max_new_tokens)
     ends = model.config.eos_token_ids if eos_ids is None else tuple(eos_ids)
     fill = ends[0] if ends else 0
-    decode = over_rows(model.decode_hidden, in_axes=(0, _CACHE), out_axes=(0, _CACHE))
+    decode = over_rows(model.decode_hidden, in_axes=(0, CACHE_AXES), out_axes=(0, CACHE_AXES))
     head = over_rows(model.head)
 
     def is_end(token: Array) -> Array:
