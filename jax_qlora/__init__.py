@@ -17,10 +17,12 @@ from .lora import LoraPair as LoraPair
 from .lora import Target as Target
 from .lora import Targets as Targets
 from .lora import adapter_index as adapter_index
+from .lora import add_magnitudes as add_magnitudes
 from .lora import attach as attach
 from .lora import attach_many as attach_many
 from .lora import combine_adapters as combine_adapters
 from .lora import init_adapter as init_adapter
+from .lora import init_from_weights as init_from_weights
 from .lora import merge as merge
 from .lora import over_rows as over_rows
 from .lora import quantize as quantize

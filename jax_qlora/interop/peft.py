@@ -11,16 +11,17 @@ that normalizes gradients the learning rate of that layer's `b` changes by the r
 Adapters of any other tree use the same format with the tree's path as the module's name.
 """
 
+import math
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 
 from ..errors import InputError
-from ..lora import LoraPair, Targets
+from ..lora import LoraPair, Targets, add_magnitudes
 from ..lora.array import is_special
 from ..models import Model
 from ..quant.layout import KernelLayout
@@ -30,7 +31,11 @@ from .hf import tensor_names
 from .peft_config import PeftConfig, config_json, make_config, read_config
 
 _PREFIX = "base_model.model."
-_SUFFIXES = {"a": ".lora_A.weight", "b": ".lora_B.weight"}
+_SUFFIXES = {
+    "a": ".lora_A.weight",
+    "b": ".lora_B.weight",
+    "magnitude": ".lora_magnitude_vector",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +44,7 @@ class SavedAdapter:
 
     Attributes:
         path: The adapter's directory.
-        modules: Number of adapted modules; there are two tensors each.
+        modules: Number of adapted modules; there are two tensors each, three with DoRA.
         nbytes: Size of the weights' file.
         b_norm: Euclidean norm of all `b` factors together; 0 for an untrained adapter.
     """
@@ -89,6 +94,12 @@ def save_adapter(
     """
     path = Path(path)
     slots = _slots(model)
+    dora = {pair.magnitude is not None for pair in adapter.values()}
+    if len(dora) > 1:
+        raise InputError(
+            f"the adapter to save at {path} has magnitudes (DoRA) for some updates and none for "
+            "others: expected all or none, as in PEFT. Make them with add_magnitudes."
+        )
     tensors, ranks, scales = _unstack(adapter, slots)
     if not tensors:
         raise InputError(
@@ -100,6 +111,7 @@ def save_adapter(
         scales,
         slots,
         dropout=max(pair.dropout for pair in adapter.values()),
+        dora=dora == {True},
     )
     text = config_json(config, base_model=base_model, causal_lm=isinstance(model, Model))
     write_adapter(path, tensors, text)
@@ -140,11 +152,24 @@ def load_adapter(path: str | os.PathLike[str], model: Model | Targets) -> dict[s
         stack = stacks.setdefault(slot.path, {})
         if _key(module, "a") in tensors:
             stack[slot.layer] = module
-    return {
+    adapter = {
         leaf: _stack(config, tensors, modules, slots[next(iter(modules.values()))])
         for leaf, modules in stacks.items()
         if modules
     }
+    if not config.dora:
+        return adapter
+    # layers that the adapter leaves out keep the length of their rows
+    untouched = add_magnitudes(model.params, adapter) if isinstance(model, Model) else {}
+    for leaf, pair in adapter.items():
+        modules, slot = stacks[leaf], slots[next(iter(stacks[leaf].values()))]
+        magnitude = np.zeros((*slot.lead, slot.layout.rows), np.float32)
+        if leaf in untouched and len(modules) < math.prod(slot.lead):
+            magnitude[:] = np.asarray(untouched[leaf].magnitude)
+        for layer, module in modules.items():
+            magnitude[... if layer is None else layer] = tensors[_key(module, "magnitude")]
+        adapter[leaf] = replace(pair, magnitude=jnp.asarray(magnitude))
+    return adapter
 
 
 def _key(module: str, factor: str) -> str:
@@ -204,17 +229,23 @@ def _unstack(
                     f"{(*slot.lead, *slot.layout.shape)}. Save it with the model it was made for."
                 )
             module_a, module_b = (a, b) if slot.layer is None else (a[slot.layer], b[slot.layer])
-            if not (np.isfinite(module_a).all() and np.isfinite(module_b).all()):
+            parts = {"a": module_a, "b": module_b}
+            if pair.magnitude is not None:
+                m = np.asarray(pair.magnitude, np.float32)
+                parts["magnitude"] = m if slot.layer is None else m[slot.layer]
+            if not all(np.isfinite(x).all() for x in parts.values()):
                 raise InputError(
                     f"the adapter's update of '{module}' has values that are not finite: expected "
                     "finite ones, training diverged. Nothing was written; go back to a checkpoint "
                     "and lower the learning rate."
                 )
             rank = _used_rank(module_a, module_b)
-            if rank == 0:
+            if rank == 0 and pair.magnitude is None:
                 continue
-            tensors[_key(module, "a")] = np.ascontiguousarray(module_a[..., :rank, :])
-            tensors[_key(module, "b")] = np.ascontiguousarray(module_b[..., :rank])
+            rank = max(rank, 1)
+            parts |= {"a": module_a[..., :rank, :], "b": module_b[..., :rank]}
+            for factor, x in parts.items():
+                tensors[_key(module, factor)] = np.ascontiguousarray(x)
             ranks[module], scales[module] = rank, pair.scale
     return tensors, ranks, scales
 
@@ -268,6 +299,8 @@ def _check_fit(
             rank = config.rank_of(module)
             want[_key(module, "a")] = (*lead, rank, slot.layout.cols)
             want[_key(module, "b")] = (*lead, slot.layout.rows, rank)
+            if config.dora:
+                want[_key(module, "magnitude")] = (*lead, slot.layout.rows)
     missing = [k for k in want if k not in tensors]
     unused = [k for k in tensors if k not in want]
     shapes = [

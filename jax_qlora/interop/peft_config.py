@@ -22,7 +22,7 @@ CONFIG_NAME = "adapter_config.json"
 _HANDLED = {
     "peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern",
     "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "bias",
-    "init_lora_weights",
+    "init_lora_weights", "use_dora",
 }  # fmt: skip
 # without effect on what a trained adapter computes, unless a field that is refused is set as well
 _HARMLESS = {
@@ -32,7 +32,6 @@ _HARMLESS = {
     "fan_in_fan_out",
 }  # fmt: skip
 _WHY_REFUSED = {
-    "use_dora": "it is a DoRA adapter",
     "modules_to_save": "it carries whole trained modules",
     "bias": "it carries trained biases",
     "lora_bias": "its updates have biases",
@@ -59,6 +58,7 @@ class PeftConfig:
         exclude_modules: Names that are no targets, a regular expression or a list as above.
         layers: Layer numbers that are targets, or None for all; needs a list of targets.
         layers_pattern: Names of the list of layers; any name if empty.
+        dora: Whether each update has a magnitude for every output row.
     """
 
     rank: int
@@ -71,6 +71,7 @@ class PeftConfig:
     exclude_modules: str | tuple[str, ...] = ()
     layers: tuple[int, ...] | None = None
     layers_pattern: tuple[str, ...] = ()
+    dora: bool = False
 
     def rank_of(self, module: str) -> int:
         """The rank of one module's update."""
@@ -156,6 +157,7 @@ def read_config(directory: Path) -> PeftConfig:
         exclude_modules=names("exclude_modules"),
         layers=_layers(get("layers_to_transform", (int, list), None)),
         layers_pattern=_as_tuple(names("layers_pattern")),
+        dora=get("use_dora", (bool,), False),
     )
     _check_values(fields, path)
     return PeftConfig(**fields)
@@ -249,6 +251,7 @@ def make_config(
     modules: Iterable[str],
     *,
     dropout: float,
+    dora: bool = False,
 ) -> PeftConfig:
     """The configuration under which PEFT gives each module its rank and scale.
 
@@ -257,6 +260,7 @@ def make_config(
         scales: Factor of the update by adapted module.
         modules: Names of all linear modules of the model.
         dropout: Dropout of the updates' inputs.
+        dora: Whether the updates have magnitudes.
 
     Returns:
         Targets as short names ("q_proj") if those select just the adapted modules, else in full;
@@ -276,6 +280,7 @@ def make_config(
         rank_pattern=rank_pattern,
         alpha_pattern=alpha_pattern,
         target_modules=short,
+        dora=dora,
     )
     if {m for m in modules if config.is_target(m)} != set(ranks):
         config = replace(config, target_modules=tuple(sorted(ranks)))
@@ -319,6 +324,7 @@ def config_json(config: PeftConfig, *, base_model: str | None, causal_lm: bool) 
         "alpha_pattern": dict(config.alpha_pattern),
         "target_modules": targets if isinstance(targets, str) else list(targets),
         "task_type": "CAUSAL_LM" if causal_lm else None,
+        "use_dora": config.dora,
         "use_rslora": config.rslora,
     }
     return json.dumps(document, indent=2) + "\n"

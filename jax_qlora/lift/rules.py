@@ -19,7 +19,9 @@ from jax import lax
 from .._compat import JaxprEqn, aval_of, bind_eqn, unstack_p
 from ..errors import InputError
 from ..lora.array import LoraArray, lookup, lora_matmul
+from ..lora.dora import row_factors
 from ..quant import QuantizedArray, quantized_matmul
+from ..quant.matmul import accumulator
 from ..typing import Array
 from .control_flow import CONTROL_FLOW
 from .interpreter import Special, evaluate
@@ -133,17 +135,32 @@ def _dot_general(eqn: JaxprEqn, values: list[Any]) -> list[Any] | None:
         order = ws + xs if side == 0 else xs + ws
         return jnp.transpose(y, [place[d] for d in batch] + order)
 
-    base = leaf.base if isinstance(leaf, LoraArray) else leaf
+    base, pair = (leaf.base, leaf.pair) if isinstance(leaf, LoraArray) else (leaf, None)
+    factors = None if pair is None or pair.magnitude is None else row_factors(base, pair)
+    if factors is not None and plan.transpose:  # rows are contracted: their factors go to x
+        operand = _scaled(operand, factors[..., None, :])
     multiply: dict[str, Any] = dict(transpose=plan.transpose, dtype=aval.dtype)
     if isinstance(base, QuantizedArray):
         y = restore(quantized_matmul(operand, base, **multiply))
+    elif factors is not None and plan.transpose:
+        rows = leaf.layout.to_rows(base).reshape(*lead, k, -1).astype(operand.dtype)
+        y = jnp.matmul(operand, rows, preferred_element_type=accumulator(operand.dtype))
+        y = restore(y.astype(aval.dtype))
     else:  # a dense base: the very equation the model wrote
         dense = [x, x]
         dense[side], dense[1 - side] = view.apply(base), x
         y = bind_eqn(eqn, dense)[0]
-    if isinstance(leaf, LoraArray):
-        y = y + restore(lora_matmul(operand, leaf.pair, dropout_key=leaf.dropout_key, **multiply))
+    if pair is not None:
+        y = y + restore(lora_matmul(operand, pair, dropout_key=leaf.dropout_key, **multiply))
+    if factors is not None and not plan.transpose:
+        factors = jnp.broadcast_to(factors[..., None, :], (*lead, m, leaf.layout.rows))
+        y = _scaled(y, restore(factors))
     return [y]
+
+
+def _scaled(x: Array, factors: Array) -> Array:
+    """Multiplied in float32."""
+    return (x.astype(jnp.float32) * factors).astype(x.dtype)
 
 
 def _is_lead(weight: Weight, dim: int) -> bool:

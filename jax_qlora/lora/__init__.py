@@ -8,11 +8,14 @@ from .adapter import merge as merge
 from .adapter import quantize as quantize
 from .adapter import unmerge as unmerge
 from .array import LoraArray as LoraArray
-from .array import LoraPair as LoraPair
 from .combine import combine_adapters as combine_adapters
+from .inits import add_magnitudes as add_magnitudes
+from .inits import init_from_weights as init_from_weights
+from .inits import relative_to_start as relative_to_start
 from .many import RowAdapters as RowAdapters
 from .many import attach_many as attach_many
 from .many import over_rows as over_rows
+from .pair import LoraPair as LoraPair
 from .stack import adapter_index as adapter_index
 from .stack import select_adapter as select_adapter
 from .stack import stack_adapters as stack_adapters

@@ -13,7 +13,8 @@ from ..errors import InputError
 from ..quant import QuantizedArray, quantize_array
 from ..tree import flatten_paths, map_with_path
 from ..typing import Key, PyTree
-from .array import LoraArray, LoraPair, is_special, materialize
+from .array import LoraArray, is_special, materialize
+from .pair import LoraPair
 from .targets import Target, Targets, matches_pattern, module_names, pick_by_pattern
 
 Adapter = dict[str, LoraPair]
@@ -67,8 +68,9 @@ def init_adapter(
     rslora: bool = False,
     rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, float] | None = None,
+    init: str = "default",
 ) -> Adapter:
-    """A fresh adapter: `a` uniform in +-1/sqrt(cols) as in PEFT, `b` zero, so it changes nothing.
+    """A fresh adapter: `a` random, `b` zero, so it changes nothing.
 
     Args:
         key: Random key. A target's values depend on the key and its path alone.
@@ -80,13 +82,22 @@ def init_adapter(
         rank_pattern: Rank by name pattern, first match wins; a pattern is a regular expression for
             the end of a module's dotted name, as in PEFT.
         alpha_pattern: Alpha by name pattern.
+        init: What `a` is drawn from, as in PEFT: "default", uniform in +-1/sqrt(cols), and for
+            embeddings standard normal; "gaussian", normal with deviation 1 / rank.
+            `init_from_weights` has the initializations that also change the base.
 
     Returns:
         Path -> LoraPair, float32: a plain pytree, and the only thing that trains.
 
     Raises:
-        InputError: rank or alpha out of range, or a pattern that matches no target.
+        InputError: rank or alpha out of range, a pattern that matches no target, or an unknown
+            `init`.
     """
+    if init not in ("default", "gaussian"):
+        raise InputError(
+            f"init {init!r}: expected 'default' or 'gaussian'. 'pissa', 'olora' and 'loftq' are "
+            "made from the weights: init_from_weights(params, adapter, init)."
+        )
     rank_pattern, alpha_pattern = dict(rank_pattern or {}), dict(alpha_pattern or {})
     for name, patterns in (("rank_pattern", rank_pattern), ("alpha_pattern", alpha_pattern)):
         for pattern in patterns:
@@ -113,11 +124,16 @@ def init_adapter(
                 "Twice the rank is common."
             )
         rows, cols = target.layout.rows, target.layout.cols
-        bound = 1 / math.sqrt(cols)
         path_key = jax.random.fold_in(key, zlib.crc32(target.path.encode()))
         shape = (*target.lead, r, cols)
+        if init == "gaussian" or target.kind == "embedding":
+            deviation = 1 / r if init == "gaussian" else 1.0
+            a = deviation * jax.random.normal(path_key, shape, jnp.float32)
+        else:
+            bound = 1 / math.sqrt(cols)
+            a = jax.random.uniform(path_key, shape, jnp.float32, -bound, bound)
         return LoraPair(
-            a=jax.random.uniform(path_key, shape, jnp.float32, -bound, bound),
+            a=a,
             b=jnp.zeros((*target.lead, rows, r), jnp.float32),
             layout=target.layout,
             scale=float(numerator) / (math.sqrt(r) if rslora else r),
@@ -197,13 +213,16 @@ def merge(base: PyTree, adapter: Mapping[str, Any] | None = None, *, dtype: Any 
 def unmerge(params: PyTree, adapter: Mapping[str, Any], *, dtype: Any = None) -> PyTree:
     """Inverse of `merge` for dense parameters, up to rounding: subtracts the updates.
 
+    DoRA cannot be undone: merging replaces the length of each row, which is nowhere else.
+
     Args:
         params: Dense parameters with the updates folded in.
         adapter: The adapter that was merged.
         dtype: dtype of the adapted kernels; their own by default.
 
     Raises:
-        InputError: as `attach`; or a kernel is quantized, from which nothing can be subtracted.
+        InputError: as `attach`; a kernel is quantized, from which nothing can be subtracted; or
+            the adapter is a DoRA adapter.
     """
     _check_adapter(adapter)
     _check_paths(adapter, params)
@@ -215,6 +234,11 @@ def unmerge(params: PyTree, adapter: Mapping[str, Any], *, dtype: Any = None) ->
             raise InputError(
                 f"'{path}' is {leaf!r}: expected a dense kernel to subtract the update from. "
                 "Keep the base, or unmerge before quantizing."
+            )
+        if adapter[path].magnitude is not None:
+            raise InputError(
+                f"'{path}' was merged with DoRA, which replaced the length of each row: expected "
+                "an adapter without magnitudes to take out again. Keep the base, and attach."
             )
         delta = adapter[path].delta()
         return (jnp.asarray(leaf, jnp.float32) - delta).astype(dtype or leaf.dtype)

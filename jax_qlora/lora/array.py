@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LoraPair, the trainable factors of one kernel, and LoraArray, a kernel with its update."""
+"""LoraArray, a kernel with its update as one value, and the arithmetic of the update."""
 
 import dataclasses
 import functools
@@ -15,58 +15,16 @@ from ..quant.layout import KernelLayout
 from ..quant.matmul import accumulator, dot
 from ..tree import pytree
 from ..typing import Array, Float
-
-
-@pytree(static=("layout", "scale", "dropout"))
-@dataclasses.dataclass(frozen=True, kw_only=True, repr=False, eq=False)
-class LoraPair:
-    """The update `scale * (b @ a)` of a kernel folded to `[*lead, rows, cols]` (LoRA, equation 3).
-
-    Attributes:
-        a: Down projection `[*lead, rank, cols]`, float32; PEFT's `lora_A.weight`.
-        b: Up projection `[*lead, rows, rank]`, float32, starts at zero; PEFT's `lora_B.weight`.
-        layout: Which trailing axes of the kernel are contracted.
-        scale: alpha / rank, or alpha / sqrt(rank) with rsLoRA.
-        dropout: Probability of zeroing an input of the update in training.
-    """
-
-    a: Float[Array, "*lead rank cols"]
-    b: Float[Array, "*lead rows rank"]
-    layout: KernelLayout
-    scale: float
-    dropout: float
-
-    @property
-    def rank(self) -> int:
-        """Rank of the update."""
-        return self.a.shape[-2]
-
-    @property
-    def lead(self) -> tuple[int, ...]:
-        """Sizes of the leading layer and expert axes."""
-        return tuple(self.a.shape[:-2])
-
-    def delta_rows(self) -> Float[Array, "*lead rows cols"]:
-        """The update as a dense float32 array in torch's layout."""
-        b, a = self.b.astype(jnp.float32), self.a.astype(jnp.float32)
-        return self.scale * jnp.matmul(b, a, precision=jax.lax.Precision.HIGHEST)
-
-    def delta(self) -> Float[Array, "..."]:
-        """The update as a dense float32 array in the kernel's own layout."""
-        return self.layout.from_rows(self.delta_rows())
-
-    def __repr__(self) -> str:
-        if not hasattr(self.a, "shape"):  # a tree of something else, e.g. of masks
-            return f"LoraPair(a={self.a!r}, b={self.b!r})"
-        dropout = f", dropout {self.dropout}" * (self.dropout > 0)
-        shape = (*self.lead, *self.layout.shape)
-        return f"LoraPair(rank {self.rank} of {shape}, scale {self.scale:g}{dropout})"
+from .dora import row_factors
+from .pair import LoraPair
 
 
 @pytree()
 @dataclasses.dataclass(frozen=True, kw_only=True, repr=False, eq=False)
 class LoraArray:
     """A frozen kernel and its low-rank update, as one value: `base + scale * (b @ a)`.
+
+    With DoRA the rows of that sum are rescaled to `pair.magnitude`; see `lora.dora`.
 
     `attach` makes it and `lift` computes with it; the dense sum exists only on `materialize`.
 
@@ -132,7 +90,11 @@ def materialize(x: Any, dtype: Any = None) -> Array:
     """
     dtype = dtype or x.dtype
     if isinstance(x, LoraArray):
-        return (materialize(x.base, jnp.float32) + x.pair.delta()).astype(dtype)
+        total = materialize(x.base, jnp.float32) + x.pair.delta()
+        if x.pair.magnitude is not None:
+            factors = row_factors(x.base, x.pair)
+            total = x.layout.from_rows(x.layout.to_rows(total) * factors[..., None])
+        return total.astype(dtype)
     if isinstance(x, QuantizedArray):
         return dequantize(x, dtype)
     return jnp.asarray(x).astype(dtype)
@@ -246,10 +208,16 @@ def lookup(leaf: Any, indices: Array, dtype: Any) -> Array:
     """
     if isinstance(leaf, QuantizedArray):
         return lookup_rows(leaf, indices, dtype)
-    base = leaf.base
+    base, magnitude = leaf.base, leaf.pair.magnitude
+    exact = dtype if magnitude is None else jnp.float32
     if isinstance(base, QuantizedArray):
-        rows = lookup(base, indices, dtype)
+        rows = lookup(base, indices, exact)
     else:
-        rows = leaf.layout.to_rows(base)[indices].astype(dtype)
+        rows = leaf.layout.to_rows(base)[indices].astype(exact)
     update = jnp.matmul(leaf.pair.b[indices], leaf.pair.a) * leaf.pair.scale
-    return rows + update.astype(dtype)
+    if magnitude is None:
+        return rows + update.astype(dtype)
+    total = rows + update
+    norms = jax.lax.stop_gradient(jnp.linalg.norm(total, axis=-1))
+    factors = magnitude[indices] / jnp.where(norms > 0, norms, 1.0)
+    return (total * factors[..., None]).astype(dtype)

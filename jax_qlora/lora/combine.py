@@ -9,7 +9,6 @@ import numpy as np
 
 from ..errors import InputError
 from .adapter import Adapter
-from .array import LoraPair
 from .combine_factors import (
     Factors,
     MajoritySign,
@@ -19,6 +18,7 @@ from .combine_factors import (
     combine_factors,
     used_rank,
 )
+from .pair import LoraPair
 
 
 def combine_adapters(

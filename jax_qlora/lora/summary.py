@@ -5,9 +5,12 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import jax
+
 from ..quant import QuantizedArray
 from ..tree import flatten_paths, nbytes
-from .array import LoraArray, LoraPair
+from .array import LoraArray
+from .pair import LoraPair
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -68,7 +71,7 @@ def summary(tree: Any, adapter: Any = None) -> str:
         rank, params = "", 0
         if pair is not None:
             rank = str(pair.rank)
-            params = pair.a.size + pair.b.size
+            params = sum(x.size for x in jax.tree.leaves(pair))
             held += nbytes(pair)
         trainable += params
         rows.append((path, shape, storage, bits, rank, f"{params:,}" if params else ""))

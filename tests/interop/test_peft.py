@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+import dataclasses
 import errno
 import json
 import math
@@ -20,7 +21,7 @@ from jax_qlora.lora import LoraPair
 from tests.helpers import GOLDEN, assert_trees_close, golden
 from tests.tiny import quantized, tiny_model
 
-LOADABLE = ["qv_r4", "all_linear_rslora", "patterns"]
+LOADABLE = ["qv_r4", "all_linear_rslora", "patterns", "dora"]
 KEY = "base_model.model.model.layers.{}.{}.lora_{}.weight"
 
 
@@ -98,12 +99,15 @@ def test_an_adapter_of_peft_survives_saving(llama: Any, tmp_path: Path, name: st
     source = GOLDEN / "adapters" / name
     adapter = load_adapter(source, llama)
     saved = save_adapter(tmp_path / "again", adapter, llama)
-    assert saved.modules * 2 == len(load_file(source / "adapter_model.safetensors"))
+    each = 3 if name == "dora" else 2
+    assert saved.modules * each == len(load_file(source / "adapter_model.safetensors"))
     before = load_file(source / "adapter_model.safetensors")
     after = load_file(tmp_path / "again" / "adapter_model.safetensors")
     assert {k: x.shape for k, x in after.items()} == {k: x.shape for k, x in before.items()}
     again = load_adapter(tmp_path / "again", llama)
     assert_trees_close(deltas(again), deltas(adapter), rtol=1e-6, atol=1e-9)
+    magnitudes = [{path: pair.magnitude for path, pair in a.items()} for a in (again, adapter)]
+    assert_trees_close(*magnitudes)
 
 
 def test_layers_of_different_rank_share_a_stack(llama: Any):
@@ -198,9 +202,27 @@ def test_layers_without_an_update_are_left_out(tiny: Any, adapter: Any, tmp_path
     )
 
 
-def test_a_quantized_base_takes_the_same_adapter(tiny: Any, adapter: Any, tmp_path: Path):
-    import dataclasses
+def test_layers_that_a_dora_adapter_leaves_out(llama: Any, tmp_path: Path):
+    whole = load_adapter(GOLDEN / "adapters" / "dora", llama)
+    one = copy("dora", tmp_path / "one", layers_to_transform=[1])
 
+    def keep_layer_1(tensors: dict[str, Any]) -> None:
+        for name in [k for k in tensors if ".layers.0." in k]:
+            del tensors[name]
+
+    edit(one, keep_layer_1)
+    part = load_adapter(one, llama)
+    merged, both = jq.merge(llama.params, part), jq.merge(llama.params, whole)
+    for layer, want in ((0, llama.params), (1, both)):
+        kernels = [t["layers"]["mlp"]["down_proj"]["kernel"][layer] for t in (merged, want)]
+        np.testing.assert_allclose(*kernels, atol=1e-6)
+    path = "layers/mlp/down_proj/kernel"
+    with pytest.raises(jq.InputError, match=r"magnitudes \(DoRA\) for some updates and none"):
+        plain = dataclasses.replace(whole[path], magnitude=None)
+        save_adapter(tmp_path / "mixed", {**whole, path: plain}, llama)
+
+
+def test_a_quantized_base_takes_the_same_adapter(tiny: Any, adapter: Any, tmp_path: Path):
     model = dataclasses.replace(tiny, params=quantized(tiny)[0])
     save_adapter(tmp_path / "a", adapter, model)
     assert_trees_close(load_adapter(tmp_path / "a", model), adapter)
@@ -305,7 +327,6 @@ def test_targets_by_regex_layers_and_exclusion_load(llama: Any, tmp_path: Path):
 @pytest.mark.parametrize(
     ("name", "match"),
     [
-        ("dora", "use_dora is True: it is a DoRA"),
         ("modules_to_save", r"modules_to_save is \['lm_h"),
     ],
 )

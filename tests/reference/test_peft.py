@@ -31,14 +31,16 @@ KINDS: dict[str, dict[str, Any]] = {
         rank_pattern={"mlp.down_proj": 5},
         alpha_pattern={"q_proj": 2},
     ),
+    "dora": dict(match="all-linear", rank=4, alpha=8),
     "with the head": dict(match=["lm_head", "o_proj"], rank=2, alpha=2),
 }
 
 
-def trained(targets: Any, kind: str) -> Any:
+def trained(targets: Any, kind: str, params: Any = None) -> Any:
     """An adapter whose B is not zero."""
     options = dict(KINDS[kind])
     adapter = jq.init_adapter(jax.random.key(3), targets.select(options.pop("match")), **options)
+    adapter = jq.add_magnitudes(params, adapter) if kind == "dora" else adapter
     rng = np.random.default_rng(4)
     return jax.tree.map(lambda x: x + 0.1 * jnp.asarray(rng.standard_normal(x.shape, "f")), adapter)
 
@@ -75,7 +77,7 @@ def test_an_adapter_made_here_is_the_same_model_in_peft(
     tmp_path: Path,
     kind: str,
 ):
-    adapter = trained(targets, kind)
+    adapter = trained(targets, kind, ours.params)
     jq.save_adapter(tmp_path / "a", adapter, ours)
     want = logits_of(torch, load_in_peft(peft, theirs(), tmp_path / "a"), tokens)
     got = np.asarray(ours.apply(jq.attach(ours.params, adapter), tokens))
