@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from measure import Report, memory_mib
@@ -35,7 +36,11 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as temporary:
         directory = args.keep or Path(temporary) / "checkpoint"
         if not directory.exists():
-            write_checkpoint(directory, layers=args.layers, shards=args.shards)
+            from jax_qlora.models.presets import LLAMA_2_7B
+
+            shape = dict(d_model=1536, d_ff=4096, n_heads=12, n_kv_heads=4, head_dim=128)
+            config = dataclasses.replace(LLAMA_2_7B, n_layers=args.layers, **shape)
+            write_checkpoint(directory, config, shards=args.shards)
         command = [sys.executable, __file__, "--worker", str(directory)]
         found = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
     allowed = found["packed_mib"] + 2 * found["largest_tensor_mib"]
@@ -46,7 +51,7 @@ def main() -> int:
     return report.finish()
 
 
-def write_checkpoint(directory: Path, *, layers: int, shards: int) -> None:
+def write_checkpoint(directory: Path, config: Any, *, shards: int) -> None:
     """Writes random weights of a plausible scale; no tensor outlives its writing."""
     import jax.numpy as jnp
 
@@ -54,12 +59,8 @@ def write_checkpoint(directory: Path, *, layers: int, shards: int) -> None:
     from jax_qlora.interop.hf_config import config_to_hf
     from jax_qlora.interop.safetensors_write import PlannedTensor, write_directory
     from jax_qlora.models import abstract_params
-    from jax_qlora.models.presets import LLAMA_2_7B
     from jax_qlora.tree import flatten_paths
 
-    config = dataclasses.replace(
-        LLAMA_2_7B, d_model=1536, d_ff=4096, n_layers=layers, n_heads=12, n_kv_heads=4, head_dim=128
-    )
     rng, bfloat16 = np.random.default_rng(0), np.dtype(jnp.bfloat16)
     tensors = {}
     for path in flatten_paths(abstract_params(config)):

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""GGUF files run by llama.cpp itself, where the package llama-cpp-python is installed."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jax_qlora as jq
+from jax_qlora.interop.gguf_lora import save_gguf_lora
+from jax_qlora.interop.gguf_write import save_gguf
+from tests.helpers import GOLDEN
+
+pytestmark = [pytest.mark.reference, pytest.mark.filterwarnings("ignore")]
+
+TOKENS = list(range(3, 40))
+
+
+@pytest.fixture(scope="module")
+def llama_cpp() -> Any:
+    """llama_cpp, or the test is skipped."""
+    return pytest.importorskip("llama_cpp")
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    """The fixture, dense."""
+    return jq.load_model(GOLDEN / "models" / "llama", quantization=None)
+
+
+@pytest.fixture(scope="module")
+def adapter(model: Any) -> Any:
+    """An adapter that changes much, of several ranks and scales."""
+    targets = jq.find_targets(model.apply, model.params, jnp.ones((1, 4), jnp.int32))
+    options = dict(rank=4, alpha=6, rank_pattern={"q_proj": 3}, alpha_pattern={"k_proj": 11})
+    fresh = jq.init_adapter(jax.random.key(1), targets, rslora=True, **options)
+    rng = np.random.default_rng(4)
+    return jax.tree.map(lambda x: x + 0.1 * jnp.asarray(rng.standard_normal(x.shape, "f")), fresh)
+
+
+def run(llama_cpp: Any, file: Path, lora: Path | None = None) -> Any:
+    float32 = 0  # of the cache, too
+    return llama_cpp.Llama(
+        str(file), n_ctx=64, n_threads=1, logits_all=True, verbose=False, type_k=float32,
+        type_v=float32, lora_path=None if lora is None else str(lora),
+    )  # fmt: skip
+
+
+def write(file: Path, model: Any, params: Any, kind: str = "f32") -> Path:
+    save_gguf(file, params, model.config, kind=kind, tokenizer=model.tokenizer)
+    return file
+
+
+def logits(llm: Any) -> np.ndarray:
+    llm.reset()
+    llm.eval(TOKENS)
+    return np.array(llm.scores[: len(TOKENS)])
+
+
+def greedy(llm: Any, count: int) -> list[int]:
+    found = []
+    for token in llm.generate(TOKENS, temp=0.0, reset=True):
+        found.append(int(token))
+        if len(found) == count:
+            return found
+    return found
+
+
+def ours(model: Any, params: Any) -> np.ndarray:
+    return np.asarray(model.apply(params, jnp.asarray([TOKENS]))[0])
+
+
+@pytest.mark.parametrize(("kind", "tolerance"), [("f32", 5e-4), ("f16", 2e-2), ("q8_0", 0.2)])
+def test_a_model(llama_cpp: Any, model: Any, tmp_path: Path, kind: str, tolerance: float):
+    """Products with F16 and Q8_0 weights are computed with rounded activations there."""
+    llm = run(llama_cpp, write(tmp_path / "m.gguf", model, model.params, kind))
+    want = ours(model, model.params)
+    np.testing.assert_allclose(logits(llm), want, atol=tolerance)
+    assert want.max() > 10 * tolerance
+    text = "tau omega"
+    assert llm.tokenize(text.encode(), add_bos=True) == model.tokenizer(text)["input_ids"]
+
+
+def test_an_adapter(llama_cpp: Any, model: Any, adapter: Any, tmp_path: Path):
+    save_gguf(
+        tmp_path / "m.gguf", model.params, model.config, kind="f32", tokenizer=model.tokenizer
+    )
+    save_gguf_lora(tmp_path / "a.gguf", adapter, model.config)
+    params = jq.attach(model.params, adapter)
+    want = ours(model, params)
+    llm = run(llama_cpp, base, tmp_path / "a.gguf")
+    np.testing.assert_allclose(logits(llm), want, atol=2e-3)
+    assert np.abs(want - ours(model, model.params)).max() > 0.5
+    merged = run(llama_cpp, write(tmp_path / "x.gguf", model, params))
+    np.testing.assert_allclose(logits(merged), want, atol=2e-3)
+    assert greedy(merged, 8) == greedy(llm, 8)
+
+    tokens, expected = list(TOKENS), []
+    for _ in range(8):
+        row = jnp.zeros((1, 48), jnp.int32).at[0, : len(tokens)].set(jnp.asarray(tokens))
+        expected.append(int(jnp.argmax(model.apply(params, row)[0, len(tokens) - 1])))
+        tokens.append(expected[-1])
+    assert greedy(llm, 8) == expected
