@@ -93,7 +93,7 @@ def _same(x: np.ndarray) -> np.ndarray:
 
 def _check(path: str, pair: LoraPair, config: DecoderConfig) -> None:
     shapes = parameter_shapes(config)
-    if getattr(pair, "magnitude", None) is not None:
+    if pair.magnitude is not None:
         raise InputError(
             f"The adapter's update of '{path}' is no plain LoRA, which is all that GGUF adapters "
             "can say. Merge it and write the model (--format gguf)."

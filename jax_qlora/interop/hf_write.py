@@ -249,7 +249,8 @@ def count_updates(params: PyTree) -> int:
     for leaf in jax.tree.leaves(params, is_leaf=is_special):
         if isinstance(leaf, LoraArray):
             a, b = (np.asarray(x) != 0 for x in (leaf.pair.a, leaf.pair.b))
-            total += int(np.sum(np.any(a, axis=(-2, -1)) & np.any(b, axis=(-2, -1))))
+            rescaled = leaf.pair.magnitude is not None  # DoRA's may differ from the base's norms
+            total += int(np.sum(rescaled | np.any(a, axis=(-2, -1)) & np.any(b, axis=(-2, -1))))
     return total
 
 

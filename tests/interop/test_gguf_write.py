@@ -199,10 +199,9 @@ def test_updates_that_cannot_be_written(tmp_path: Path, llama: Any):
     bad = {path: dataclasses.replace(adapter[path], b=adapter[path].b * jnp.nan)}
     with pytest.raises(InputError, match="model.layers.0.mlp.up_proj.weight' has values not fin"):
         save_gguf_lora(tmp_path / "a.gguf", bad, config)
-    other = dataclasses.replace(adapter[path])
-    object.__setattr__(other, "magnitude", 1.0)
+    dora = dataclasses.replace(adapter[path], magnitude=jnp.ones((3, 64)))
     with pytest.raises(InputError, match="is no plain LoRA"):
-        save_gguf_lora(tmp_path / "a.gguf", {path: other}, config)
+        save_gguf_lora(tmp_path / "a.gguf", {path: dora}, config)
     assert list(tmp_path.iterdir()) == []
 
 

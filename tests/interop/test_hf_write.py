@@ -19,7 +19,7 @@ from jax_qlora.interop.model_card import Origin, model_card
 from jax_qlora.interop.output import new_file
 from jax_qlora.interop.probe import compare_logits, probe_fits
 from jax_qlora.models.presets import TINY
-from tests.helpers import GOLDEN, assert_trees_close
+from tests.helpers import GOLDEN, assert_trees_close, golden
 from tests.tiny import quantized, tiny_model
 
 MODELS = GOLDEN / "models"
@@ -167,6 +167,23 @@ def test_a_merged_model_is_compared_with_the_one_it_was_made_of(tmp_path: Path):
     assert probe.difference < 1e-4 * probe.largest
     assert compare_logits(model, model.params, out).difference > 0.1  # without the adapter
     assert probe_fits(model, 4) and not probe_fits(model, 10**12)
+
+
+@pytest.mark.parametrize("name", ["all_linear_rslora", "dora"])
+def test_merged_logits_are_those_of_peft(tmp_path: Path, name: str):
+    model = jq.load_model(MODELS / "llama", quantization=None)
+    params = jq.attach(model.params, jq.load_adapter(GOLDEN / "adapters" / name, model))
+    saved = save_hf(tmp_path / "out", params, model.config)
+    stored = load_file(GOLDEN / "adapters" / name / "adapter_model.safetensors")
+    assert saved.updates == sum(key.endswith("lora_A.weight") for key in stored)
+    merged = jq.load_model(saved.path, quantization=None)
+    outputs = golden("adapter_outputs.npz")
+    mask = outputs["attention_mask"]
+    tokens = jnp.asarray(outputs["input_ids"], jnp.int32)
+    got = merged.apply(merged.params, tokens, attention_mask=jnp.asarray(mask))
+    want = outputs[f"{name}/merged_logits"]
+    np.testing.assert_allclose(got[mask == 1], want[mask == 1], atol=2e-4)
+    assert np.abs(want - outputs["base/logits"])[mask == 1].max() > 0.1
 
 
 def test_the_card_says_what_is_known(tmp_path: Path):

@@ -35,8 +35,15 @@ def model() -> Any:
 def adapter(model: Any) -> Any:
     """An adapter that changes much, of several ranks and scales."""
     targets = jq.find_targets(model.apply, model.params, jnp.ones((1, 4), jnp.int32))
-    options = dict(rank=4, alpha=6, rank_pattern={"q_proj": 3}, alpha_pattern={"k_proj": 11})
-    fresh = jq.init_adapter(jax.random.key(1), targets, rslora=True, **options)
+    fresh = jq.init_adapter(
+        jax.random.key(1),
+        targets,
+        rank=4,
+        alpha=6,
+        rslora=True,
+        rank_pattern={"q_proj": 3},
+        alpha_pattern={"k_proj": 11},
+    )
     rng = np.random.default_rng(4)
     return jax.tree.map(lambda x: x + 0.1 * jnp.asarray(rng.standard_normal(x.shape, "f")), fresh)
 
@@ -73,29 +80,27 @@ def ours(model: Any, params: Any) -> np.ndarray:
     return np.asarray(model.apply(params, jnp.asarray([TOKENS]))[0])
 
 
-@pytest.mark.parametrize(("kind", "tolerance"), [("f32", 5e-4), ("f16", 2e-2), ("q8_0", 0.2)])
+@pytest.mark.parametrize(("kind", "tolerance"), [("f32", 5e-5), ("f16", 1e-2), ("q8_0", 0.2)])
 def test_a_model(llama_cpp: Any, model: Any, tmp_path: Path, kind: str, tolerance: float):
     """Products with F16 and Q8_0 weights are computed with rounded activations there."""
     llm = run(llama_cpp, write(tmp_path / "m.gguf", model, model.params, kind))
     want = ours(model, model.params)
     np.testing.assert_allclose(logits(llm), want, atol=tolerance)
-    assert want.max() > 10 * tolerance
+    assert np.ptp(want) > 20 * tolerance
     text = "tau omega"
     assert llm.tokenize(text.encode(), add_bos=True) == model.tokenizer(text)["input_ids"]
 
 
 def test_an_adapter(llama_cpp: Any, model: Any, adapter: Any, tmp_path: Path):
-    save_gguf(
-        tmp_path / "m.gguf", model.params, model.config, kind="f32", tokenizer=model.tokenizer
-    )
+    base = write(tmp_path / "m.gguf", model, model.params)
     save_gguf_lora(tmp_path / "a.gguf", adapter, model.config)
     params = jq.attach(model.params, adapter)
     want = ours(model, params)
     llm = run(llama_cpp, base, tmp_path / "a.gguf")
-    np.testing.assert_allclose(logits(llm), want, atol=2e-3)
+    np.testing.assert_allclose(logits(llm), want, atol=5e-5)
     assert np.abs(want - ours(model, model.params)).max() > 0.5
     merged = run(llama_cpp, write(tmp_path / "x.gguf", model, params))
-    np.testing.assert_allclose(logits(merged), want, atol=2e-3)
+    np.testing.assert_allclose(logits(merged), want, atol=5e-5)
     assert greedy(merged, 8) == greedy(llm, 8)
 
     tokens, expected = list(TOKENS), []
