@@ -135,7 +135,7 @@ def _inspect_adapter(path: Path) -> dict[str, Any]:
     try:
         raw = json.loads((path / CONFIG_NAME).read_text("utf-8"))
         base, alpha = raw.get("base_model_name_or_path"), raw.get("lora_alpha")
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise InputError(
             f"'{path / CONFIG_NAME}' cannot be read as a JSON object: {error}. Save the adapter "
             "again."

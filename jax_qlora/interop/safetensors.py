@@ -129,7 +129,7 @@ def read_header(file: str | Path) -> dict[str, StoredTensor]:
         raise InputError(f"No file '{file}': expected a safetensors file there.") from error
     except OSError as error:
         raise InputError(f"'{file}' cannot be read: {error}.") from error
-    except (ValueError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # also what is no UTF-8
         if isinstance(error, InputError):
             raise
         raise damaged(f"its header is no JSON ({error})") from error
@@ -162,6 +162,11 @@ def read_header(file: str | Path) -> dict[str, StoredTensor]:
         if data + stop > size:
             raise damaged(f"tensor '{name}' ends at byte {data + stop} of {size}")
         tensors[name], end = tensor, max(end, data + stop)
+    place = data
+    for tensor in sorted(tensors.values(), key=lambda t: (t.offset, t.nbytes)):
+        if tensor.offset != place:
+            raise damaged(f"tensor '{tensor.name}' starts at byte {tensor.offset}, not {place}")
+        place += tensor.nbytes
     if tensors and end != size:
         raise damaged(f"its tensors end at byte {end} of {size}")
     return tensors
@@ -194,7 +199,7 @@ def read_directory(directory: str | Path) -> dict[str, StoredTensor]:
     try:
         weight_map = json.loads(index.read_text("utf-8"))["weight_map"]
         shards = {name: str(file) for name, file in weight_map.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(
             f"'{index}' is no index of shards: expected JSON with a 'weight_map' of tensor names "
             f"to file names ({error}). Download it again."

@@ -98,6 +98,9 @@ ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
         (b"{nonsense", b"", None, "its header is no JSON"),
         (b'{"a": 1, "a": 2}', b"", None, "a name occurs twice"),
         (b"[1]", b"", None, "its header is no JSON object"),
+        (b"[" * 200_000, b"", None, "its header is no JSON"),
+        ({"a": ENTRY, "b": ENTRY}, b"12345678", None, "tensor 'b' starts at byte .*, not"),
+        ({"a": {**ENTRY, "data_offsets": [4, 12]}}, b"123412345678", None, "'a' starts at byte"),
         ({"a": {"dtype": "F32"}}, b"", None, "the entry of 'a' is"),
         ({"a": {**ENTRY, "shape": [-2]}}, b"12345678", None, "the entry of 'a' is"),
         ({"a": {**ENTRY, "shape": [3]}}, b"12345678", None, r"F32 \[3\] needs 12 bytes and has 8"),
@@ -175,9 +178,10 @@ def test_an_index_that_contradicts_its_shards(tmp_path: Path):
     index.write_text(json.dumps(content))
     with pytest.raises(InputError, match="holds tensor 't0', which .* does not list"):
         read_directory(tmp_path)
-    index.write_text("{}")
-    with pytest.raises(InputError, match="is no index of shards"):
-        read_directory(tmp_path)
+    for text in ("{}", "[" * 200_000, '{"weight_map": 3}'):
+        index.write_text(text)
+        with pytest.raises(InputError, match="is no index of shards"):
+            read_directory(tmp_path)
 
 
 def test_an_interrupted_write_leaves_what_was_there(tmp_path: Path):
