@@ -348,6 +348,7 @@ def dequantize_rows(q: QuantizedArray, dtype: Any = jnp.float32) -> Float[Array,
     return values[..., : q.layout.cols]
 
 
+@functools.partial(jax.jit, static_argnames="dtype")
 def dequantize(q: QuantizedArray, dtype: Any = jnp.float32) -> Float[Array, "..."]:
     """The dense array that `q` stands for, of the same shape and axes.
 

@@ -16,8 +16,8 @@ from jax import lax
 
 from .._compat import SLOW_VECTOR_MATRIX
 from ..typing import Array, Float
-from .array import QuantizedArray, block_constants, dequantize_rows, fetched
-from .blockwise import dequantize_planes
+from .array import QuantizedArray, block_constants, fetched
+from .blockwise import dequantize_pairs, dequantize_planes
 
 # decoded elements at once on a CPU, measured at 1024^2 to 4096^2 with 1 to 1024 rows of x: a kernel
 # up to the first in one piece, a larger one in tiles of the second (two of 2 MiB in float32)
@@ -95,8 +95,10 @@ def _product(x: Array, q: QuantizedArray, transpose: bool, dtype: Any) -> Array:
 def _whole(x: Array, q: QuantizedArray, *, transpose: bool, dtype: Any) -> Array:
     # decoded when x is there, not before: one kernel at a time is dense, not a layer's worth
     x, q = lax.optimization_barrier((x, q))
-    w = dequantize_rows(q, x.dtype)
-    return dot(x, w, 1, 0 if transpose else 1, dtype)
+    w = dequantize_pairs(
+        q.codes, block_constants(q), format=q.format, block_size=q.block_size, dtype=x.dtype
+    )
+    return dot(x, w[:, : q.layout.cols], 1, 0 if transpose else 1, dtype)
 
 
 def _tiled(x: Array, q: QuantizedArray, *, transpose: bool, dtype: Any) -> Array:
