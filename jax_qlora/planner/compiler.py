@@ -122,8 +122,8 @@ def place(tree: Any, sharding: SingleDeviceSharding) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
 
 
-def plan(lowered: Any, options: dict[str, Any]) -> Planned:
-    """Compiles a lowered program and returns the memory it needs.
+def compile_lowered(lowered: Any, options: dict[str, Any]) -> Any:
+    """Compiles a lowered program for the card that its arguments were placed on.
 
     Args:
         lowered: From `jax.jit(f).lower(...)`, arguments placed by `place`.
@@ -132,9 +132,13 @@ def plan(lowered: Any, options: dict[str, Any]) -> Planned:
     Placed.hidden = True
     try:
         # nothing can be timed on a card that is not there
-        compiled = lowered.compile(compiler_options={"xla_gpu_autotune_level": 0, **options})
+        return lowered.compile(compiler_options={"xla_gpu_autotune_level": 0, **options})
     finally:
         Placed.hidden = False
+
+
+def planned(compiled: Any) -> Planned:
+    """The memory that a compiled program needs."""
     memory = compiled.memory_analysis()
 
     def total(side: str) -> int:

@@ -73,7 +73,7 @@ def fit(
     (True, True)
     """
     decoder, name = read_decoder(model)
-    config = _with_settings(config, settings)
+    config = with_settings(config, settings)
     card = find_gpu(gpu)
     if memory is not None:
         size = memory if isinstance(memory, int) else parse_memory(memory)
@@ -150,7 +150,12 @@ def read_decoder(model: str | Path | DecoderConfig) -> tuple[DecoderConfig, str]
     return (read_gguf(path)[0] if path.suffix == ".gguf" else read_config(path)[0]), name
 
 
-def _with_settings(config: Config, settings: dict[str, Any]) -> Config:
+def with_settings(config: Config, settings: dict[str, Any]) -> Config:
+    """`config` with settings by their own names, e.g. `{"rank": 64}`.
+
+    Raises:
+        InputError: there is no such setting, or it has no such value.
+    """
     keys = {key.rpartition(".")[2]: key for key in flat_settings(config)}
     table = _table(config)
     for leaf, value in settings.items():

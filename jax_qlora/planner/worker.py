@@ -22,12 +22,21 @@ from ..optim import page_between
 from ..quant import QuantizedArray
 from ..train.step import compiler_options
 from ..tree import nbytes
-from .compiler import Placed, describe_device, place, plan
+from .compiler import Placed, compile_lowered, describe_device, place, planned
 from .shapes import Run, abstract_run
 
 
 def compile_case(decoder: DecoderConfig, config: Config, gpu: Gpu, *, seq: int) -> Bytes:
     """Compiles the training step for a card; returns what it needs, by part."""
+    compiled, run = compile_step(decoder, config, gpu, seq=seq)
+    needed, parts = planned(compiled), held(run)
+    if config.optim.placement == "host":
+        parts = replace(parts, optimizer=0)
+    return replace(parts, temporaries=needed.device - parts.device, host=needed.host)
+
+
+def compile_step(decoder: DecoderConfig, config: Config, gpu: Gpu, *, seq: int) -> tuple[Any, Run]:
+    """The training step compiled for a card, and the run it belongs to."""
     target = describe_device(gpu)
     device, host = Placed(target, "device"), Placed(target, "pinned_host")
     paged = config.optim.placement == "host"
@@ -51,11 +60,8 @@ def compile_case(decoder: DecoderConfig, config: Config, gpu: Gpu, *, seq: int) 
         run.frozen,
         is_leaf=lambda x: isinstance(x, QuantizedArray),
     )
-    planned = plan(step.lower(state, frozen, batch), compiler_options(config, "gpu"))
-    parts = held(run)
-    if paged:
-        parts = replace(parts, optimizer=0)
-    return replace(parts, temporaries=planned.device - parts.device, host=planned.host)
+    lowered = step.lower(state, frozen, batch)
+    return compile_lowered(lowered, compiler_options(config, "gpu")), run
 
 
 def held(run: Run) -> Bytes:
@@ -82,9 +88,9 @@ def main() -> int:
     gpu = Gpu(**{**case["gpu"], "capability": tuple(case["gpu"]["capability"])})
     began = time.monotonic()
     with contextlib.redirect_stdout(sys.stderr):
-        planned = compile_case(decoder, config, gpu, seq=case["seq"])
+        needed = compile_case(decoder, config, gpu, seq=case["seq"])
     seconds = round(time.monotonic() - began, 1)
-    print(json.dumps({"planned": asdict(planned), "seconds": seconds, "jax": jax.__version__}))
+    print(json.dumps({"planned": asdict(needed), "seconds": seconds, "jax": jax.__version__}))
     return 0
 
 
