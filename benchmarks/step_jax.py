@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
-from worker import add_model_arguments, serve
+from worker import Runs, serve, side_arguments
 
 import jax_qlora as jq
 from jax_qlora.config import Config
@@ -21,7 +21,7 @@ from jax_qlora.train.step import CompiledSteps, init_state, make_step
 from jax_qlora.tree import map_with_path
 
 
-def build(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
+def build(args: argparse.Namespace) -> tuple[Runs, dict[str, Any]]:
     """The step, and what there is to say about the model."""
     shape = DecoderConfig(
         vocab_size=args.vocab,
@@ -70,11 +70,10 @@ def build(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
         return float(values["loss"])
 
     trainable = sum(x.size for x in jax.tree.leaves(adapter))
-    return run, {"jax": jax.__version__, "trainable": trainable}
+    return {"step": run}, {"jax": jax.__version__, "trainable": trainable}
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--mode", choices=("qlora", "lora"), required=True)
-    add_model_arguments(parser)
-    sys.exit(serve(build, parser.parse_args()))
+    sys.exit(serve(build, side_arguments(parser)))

@@ -6,7 +6,6 @@ import gc
 import os
 import sys
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 warnings.filterwarnings("ignore")
@@ -16,7 +15,7 @@ import bitsandbytes as bnb  # noqa: E402
 import peft  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
-from worker import add_model_arguments, serve  # noqa: E402
+from worker import Runs, serve, side_arguments  # noqa: E402
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -42,7 +41,7 @@ def to_nf4(linear: torch.nn.Linear, dtype: torch.dtype) -> torch.nn.Module:
     return new.to("cpu")  # quantizes
 
 
-def build(args: argparse.Namespace) -> tuple[Callable[[], float], dict[str, Any]]:
+def build(args: argparse.Namespace) -> tuple[Runs, dict[str, Any]]:
     """The step, and what there is to say about the model."""
     torch.manual_seed(0)
     torch.set_num_threads(os.cpu_count() or 1)
@@ -91,10 +90,9 @@ def build(args: argparse.Namespace) -> tuple[Callable[[], float], dict[str, Any]
     kinds = {type(m).__name__ for m in model.modules() if isinstance(m, bnb.nn.Linear4bit)}
     assert kinds, "no module is quantized"
     versions = {m.__name__: m.__version__ for m in (torch, transformers, peft, bnb)}
-    return run, {"trainable": sum(p.numel() for p in trainable), **versions}
+    return {"step": run}, {"trainable": sum(p.numel() for p in trainable), **versions}
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
-    add_model_arguments(parser)
-    sys.exit(serve(build, parser.parse_args()))
+    sys.exit(serve(build, side_arguments(parser)))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The protocol between train_step.py and its sides: JSON lines, one command and answer at a time.
+"""The protocol between a benchmark and its sides: JSON lines, one command and answer at a time.
 
 Each side is a process of its own, so that its peak memory is its own; the driver lets them step in
 turn, so that they share whatever the machine is doing. Imports neither jax nor torch.
@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from measure import memory_mib, reset_peak
+from measure import Times, memory_mib, reset_peak
 
 MODEL = dict(
     hidden=1024,
@@ -34,44 +34,60 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the settings that all sides take."""
     for name, default in MODEL.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default)
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--remat", choices=("none", "full", "dots"), default="none")
+    parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--remat", nargs="+", choices=("none", "full"), default=["none", "full"])
 
 
-def model_arguments(args: argparse.Namespace) -> list[str]:
-    """The same settings as a command line."""
-    names = [*MODEL, "dtype", "remat"]
-    return [f"--{name.replace('_', '-')}={getattr(args, name)}" for name in names]
+def side_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Parses the command line of a side, which has one dtype and one remat."""
+    add_model_arguments(parser)
+    args = parser.parse_args()
+    args.dtype, args.remat = args.dtype[0], args.remat[0]
+    return args
+
+
+def model_arguments(args: argparse.Namespace, **cell: str) -> list[str]:
+    """The settings of one cell as a side's command line."""
+    values = {**{name: getattr(args, name) for name in MODEL}, **cell}
+    return [f"--{name.replace('_', '-')}={value}" for name, value in values.items()]
+
+
+Runs = dict[str, Callable[[], Any]]
+"""What a side can do, by name; a run returns a loss, or what is ignored, when its work is done."""
 
 
 def serve(
-    build: Callable[[argparse.Namespace], tuple[Callable[[], float], dict[str, Any]]],
-    args: argparse.Namespace,
+    build: Callable[[argparse.Namespace], tuple[Runs, dict[str, Any]]], args: argparse.Namespace
 ) -> int:
-    """Builds a model, then runs its step once for every line read."""
+    """Builds what is measured, then runs what each line read names."""
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever libraries print is not an answer
 
     def answer(**values: Any) -> None:
         print(json.dumps(values), file=out, flush=True)
 
-    imported = memory_mib()[0]
-    step, about = build(args)
+    imported, began = memory_mib()[0], time.perf_counter()
+    runs, about = build(args)
+    build_s = time.perf_counter() - began
     built, build_peak = memory_mib()
     reset_peak()
     answer(**about)
-    for _ in sys.stdin:
+    for line in sys.stdin:
+        run = runs[line.strip()]
         began, cpu = time.perf_counter(), time.process_time()
-        loss = step()
+        result = run()
+        seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - cpu
         answer(
-            loss=loss,
-            seconds=time.perf_counter() - began,
-            cpu_seconds=time.process_time() - cpu,
+            result=result if isinstance(result, float) else None,
+            seconds=seconds,
+            cpu_seconds=cpu_seconds,
         )
+        del result
     train_peak = memory_mib()[1]
     answer(
         import_mib=imported,
         built_mib=built,
+        build_s=build_s,
         train_peak_mib=train_peak,
         peak_mib=max(train_peak, build_peak),
     )
@@ -79,32 +95,42 @@ def serve(
 
 
 class Side:
-    """One side as its driver sees it."""
+    """One side as its driver sees it.
+
+    Attributes:
+        name: What it is called.
+        about: What it says about itself: versions, counts.
+        times: Seconds of each run that counted, by its name.
+        first: Seconds of the first run, what it compiles included, by its name.
+        results: What the runs returned, by name.
+    """
 
     def __init__(self, name: str, command: Sequence[str]) -> None:
-        """Starts the process; `ready` waits until its model is built."""
+        """Starts the process and waits until it has built what is measured."""
         self.name = name
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=Path.cwd()
         )
         self.about = self._read()
-        self.seconds: list[float] = []
-        self.cpu_seconds: list[float] = []
-        self.losses: list[float] = []
+        self.times: dict[str, Times] = {}
+        self.first: dict[str, float] = {}
+        self.results: dict[str, list[float]] = {}
 
-    def step(self, *, count: bool) -> None:
-        """Runs one step; its time is kept if it counts."""
+    def run(self, what: str, *, count: bool) -> None:
+        """Runs something once; its time is kept if it counts."""
         assert self._process.stdin is not None
-        self._process.stdin.write("step\n")
+        self._process.stdin.write(f"{what}\n")
         self._process.stdin.flush()
         values = self._read()
-        self.losses.append(values["loss"])
+        self.first.setdefault(what, values["seconds"])
+        self.results.setdefault(what, []).append(values["result"])
+        times = self.times.setdefault(what, Times([], []))
         if count:
-            self.seconds.append(values["seconds"])
-            self.cpu_seconds.append(values["cpu_seconds"])
+            times.wall.append(values["seconds"])
+            times.cpu.append(values["cpu_seconds"])
 
     def finish(self) -> dict[str, float]:
-        """Ends the process; returns its memory."""
+        """Ends the process; returns its memory, and the seconds that building took."""
         assert self._process.stdin is not None
         self._process.stdin.close()
         memory = self._read()
