@@ -19,6 +19,7 @@ COMMANDS = {
     "inspect": "say what is in a checkpoint or an adapter",
     "quantize": "write a model in 4 bits, once, as bitsandbytes does",
     "merge": "fold an adapter into its model and write a Hugging Face directory",
+    "adapters": "combine several adapters of one model into one",
     "export": "write a model or an adapter for transformers, bitsandbytes, PEFT or llama.cpp",
 }
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 import jax_qlora as jq
-from jax_qlora.lora.combine_factors import drop_mask
+from jax_qlora.interop.combine import combine_adapter_files
+from jax_qlora.lora.combine_factors import Settings, drop_mask
 
 pytestmark = [pytest.mark.reference, pytest.mark.filterwarnings("ignore")]
 
@@ -155,3 +156,26 @@ def test_peft_multiplies_by_the_root_of_the_rank_after_a_rank_stabilized_one(
     for path, pair in adapters[1].items():
         np.testing.assert_allclose(got[path].delta(), pair.delta(), atol=1e-5)
         np.testing.assert_allclose(theirs[path].delta(), 2.0 * pair.delta(), atol=1e-5)
+
+
+def test_files_combined_here_load_in_peft(
+    torch: Any, peft: Any, theirs: Any, both: Any, ours: Any, tokens: Any, tmp_path: Path
+):
+    model, _ = both(three=dict(r=6, target_modules=["q_proj", "up_proj"]))
+    model.add_weighted_adapter(
+        list(WEIGHTS), list(WEIGHTS.values()), "mixed", combination_type="svd", svd_rank=5
+    )
+    model.set_adapter("mixed")
+    model.eval()  # its dropout
+    combine_adapter_files(
+        tmp_path / "ours",
+        [tmp_path / name for name in WEIGHTS],
+        list(WEIGHTS.values()),
+        Settings(method="svd", rank=5),
+    )
+    loaded = peft.PeftModel.from_pretrained(theirs(), tmp_path / "ours")
+    ids = torch.from_numpy(np.asarray(tokens, np.int64))
+    with torch.no_grad():
+        want, got, base = (m(ids).logits.numpy() for m in (model, loaded, theirs()))
+    np.testing.assert_allclose(got, want, atol=1e-3)
+    assert np.abs(want - base).max() > 0.1
