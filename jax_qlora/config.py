@@ -142,6 +142,9 @@ class TrainConfig:
     """What the backward computes again to save memory: nothing that costs a matmul, all but the
     outputs of linears, or everything but the input of each layer; "offload" also keeps these inputs
     in host memory."""
+    layer_chunk: Annotated[int, Range(256)] = 2048
+    """With remat "full" and "offload": tokens that go through a layer at once. Fewer take less
+    memory; the 4-bit weights are decoded once for each chunk."""
     loss_chunk: Count = 1024
     """Answer tokens whose logits exist at once."""
     checkpoint_every: Count = 50

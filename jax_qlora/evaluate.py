@@ -4,7 +4,6 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -12,7 +11,7 @@ import optax
 from .data.batches import make_batch, padded_length
 from .data.encode import Encoded
 from .lora import attach
-from .models import Model
+from .models import Model, chunked_loss, head_params
 from .typing import Array, Float, PyTree
 
 Batch = dict[str, Any]
@@ -30,7 +29,13 @@ def assemble(trainable: PyTree, frozen: PyTree | None, *, dropout_key: Any = Non
 
 
 def answer_loss(
-    model: Model, params: PyTree, batch: Batch, *, width: int, chunk: int = 1024
+    model: Model,
+    params: PyTree,
+    batch: Batch,
+    *,
+    width: int,
+    chunk: int = 1024,
+    scale: float | Array = 1.0,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Return the summed cross-entropy of the answer tokens of a batch, and how many they are.
 
@@ -44,43 +49,34 @@ def answer_loss(
         width: Answer tokens of a row that are counted, from its start; `answer_width` gives the
             least that counts all.
         chunk: Positions whose logits exist at once.
+        scale: Factor of the sum, there already when gradients are rounded to half precision.
 
     Returns:
-        float32 sum of negative log-likelihoods in nats, float32 count.
+        float32 sum of negative log-likelihoods in nats, times `scale`; float32 count.
     """
     hidden = model.hidden(params, batch["tokens"], attention_mask=batch["attention_mask"])
+    rows, seq, d = hidden.shape
     wanted = batch["loss_mask"][:, 1:]  # the hidden state at t predicts token t + 1
-    places = jnp.argsort(~wanted, axis=1, stable=True)[:, :width]
+    places = jnp.argsort(~wanted, axis=1, stable=True)[:, :width].astype(jnp.int32)
     weights = jnp.take_along_axis(wanted, places, axis=1).astype(jnp.float32)
     targets = jnp.take_along_axis(batch["tokens"][:, 1:], places, axis=1)
-    states = jnp.take_along_axis(hidden[:, :-1], places[..., None], axis=1)
+    starts = jnp.arange(rows, dtype=jnp.int32)[:, None] * seq
 
-    def loss(states: Array, targets: Array, weights: Array) -> Array:
-        logits = model.head(params, states).astype(jnp.float32)
+    def loss(params: PyTree, states: Array, data: tuple[Array, Array]) -> Array:
+        targets, weights = data
+        logits = model.head(params, states)
         nll = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
         return jnp.sum(nll * weights)
 
-    rows = (states.reshape(-1, states.shape[-1]), targets.reshape(-1), weights.reshape(-1))
-    return _sum_in_chunks(loss, rows, chunk), jnp.sum(weights)
-
-
-def _sum_in_chunks(loss: Callable[..., Array], rows: tuple[Array, ...], chunk: int) -> Array:
-    """Sum `loss` over slices of `chunk` rows, recomputing each slice in the backward."""
-    count = rows[0].shape[0]
-    if count <= chunk:
-        return loss(*rows)
-    slices = -(-count // chunk)
-    padding = slices * chunk - count
-
-    def split(x: Array) -> Array:
-        x = jnp.pad(x, [(0, padding)] + [(0, 0)] * (x.ndim - 1))
-        return x.reshape(slices, chunk, *x.shape[1:])
-
-    def add(total: Array, part: tuple[Array, ...]) -> tuple[Array, None]:
-        return total + loss(*part), None
-
-    add = jax.checkpoint(add, prevent_cse=False)
-    return jax.lax.scan(add, jnp.float32(0), tuple(map(split, rows)))[0]
+    total = chunked_loss(
+        loss,
+        head_params(params),
+        hidden.reshape(rows * seq, d),
+        (starts + places).reshape(-1),
+        (targets.reshape(-1), (weights * scale).reshape(-1)),
+        chunk=chunk,
+    )
+    return total, jnp.sum(weights)
 
 
 def answer_width(encoded: Sequence[Encoded], *, multiple: int = 4) -> int:

@@ -10,6 +10,7 @@ from jax.typing import DTypeLike
 
 from ..lift import lift
 from ..models import Model, decoder_functions
+from ..quant.streaming import fetch
 from .bnb import check_quantization
 from .hf_config import read_config
 from .load_params import Encoding, load_params
@@ -25,6 +26,7 @@ def load_model(
     compute_dtype: DTypeLike | None = None,
     dtype: DTypeLike | None = None,
     remat: str = "none",
+    layer_chunk: int = 2048,
     streamed: bool = False,
 ) -> Model:
     """Load a decoder, its linears in 4 bits.
@@ -43,6 +45,7 @@ def load_model(
             GGUF file is bfloat16, and float32 without quantization.
         remat: What the backward recomputes: "none", "dots", "full" or "offload"; see
             `decoder_functions`.
+        layer_chunk: With "full" and "offload", tokens that go through a layer at once.
         streamed: Keep the 4-bit kernels in host memory; each layer is fetched when it is used.
 
     Returns:
@@ -66,7 +69,14 @@ def load_model(
         check_quantization(raw, where=f"'{path / 'config.json'}'")
         tensors = read_directory(path)
     compute = jnp.dtype(default_compute_dtype() if compute_dtype is None else compute_dtype)
-    functions = decoder_functions(config, compute_dtype=compute, remat=remat)
+    functions = decoder_functions(
+        config,
+        compute_dtype=compute,
+        remat=remat,
+        transform=lift,
+        fetch=fetch if streamed else None,
+        layer_chunk=layer_chunk,
+    )
     encoding = None if quantization is None else Encoding(quantization, block_size, double_quant)
     params = load_params(
         tensors, config, where=f"'{path}'", encoding=encoding, dtype=dtype, streamed=streamed
@@ -74,7 +84,7 @@ def load_model(
     return Model(
         config=config,
         params=params,
-        functions=functions.map(lambda f: jax.jit(lift(f))),
+        functions=functions.map(jax.jit),
         compute_dtype=compute,
         tokenizer=_tokenizer(path),
     )

@@ -172,8 +172,9 @@ def _forward(
     settings: Settings, q: Array, k: Array, v: Array, tokens: Tokens
 ) -> tuple[Array, Array]:
     seq = q.shape[1]
-    queries = (_padded(x, 1, settings.q_block) for x in (q, tokens.segment_ids))
-    out, lse = attend(settings, jnp.int32(0), *queries, _whole_keys(settings, k, v, tokens))
+    keys = _whole_keys(settings, k, v, tokens)
+    queries, segments = (_padded(x, settings.q_block) for x in (q, tokens.segment_ids))
+    out, lse = attend(settings, jnp.int32(0), queries, segments, keys)
     return out[:, :seq], lse[:, :seq]
 
 
@@ -188,26 +189,36 @@ def _backward(
     dout: Array,
 ) -> tuple[Array, Array, Array]:
     keys = _whole_keys(settings, k, v, tokens)
-    queries = (_padded(x, 1, settings.q_block) for x in (q, tokens.segment_ids))
-    results = (_padded(x, 1, settings.q_block) for x in (out, lse, dout))
+    queries, segments, out, lse, dout = (
+        _padded(x, settings.q_block) for x in (q, tokens.segment_ids, out, lse, dout)
+    )
     zero = jnp.zeros(keys.k.shape, jnp.float32)
-    dq, dk, dv = attend_backward(settings, jnp.int32(0), *queries, keys, *results, zero, zero)
+    dq, dk, dv = attend_backward(
+        settings, jnp.int32(0), queries, segments, keys, out, lse, dout, zero, zero
+    )
     dk, dv = (x[:, : k.shape[2]].reshape(k.shape).astype(k.dtype) for x in (dk, dv))
     return dq[:, : q.shape[1]], dk, dv
 
 
 def _whole_keys(settings: Settings, k: Array, v: Array, tokens: Tokens) -> Keys:
-    flat = (_padded(x.reshape(-1, *x.shape[2:]), 1, settings.k_block) for x in (k, v))
-    valid, segments = (_padded(x, 1, settings.k_block) for x in (tokens.valid, tokens.segment_ids))
-    return Keys(*flat, Tokens(valid, segments, tokens.window))
+    k, v, valid, segments = (
+        _padded(x, settings.k_block)
+        for x in (
+            k.reshape(-1, *k.shape[2:]),
+            v.reshape(-1, *v.shape[2:]),
+            tokens.valid,
+            tokens.segment_ids,
+        )
+    )
+    return Keys(k, v, Tokens(valid, segments, tokens.window))
 
 
-def _padded(x: Any, axis: int, block: int) -> Any:
-    """`x`, unless it is None, filled up with zeros to whole blocks."""
-    if x is None or x.shape[axis] % block == 0:
+def _padded(x: Any, block: int) -> Any:
+    """`x`, unless it is None, with axis 1 filled up with zeros to whole blocks."""
+    if x is None or x.shape[1] % block == 0:
         return x
     padding = [(0, 0)] * x.ndim
-    padding[axis] = (0, -x.shape[axis] % block)
+    padding[1] = (0, -x.shape[1] % block)
     return jnp.pad(x, padding)
 
 

@@ -107,6 +107,8 @@ def decoder_functions(
         )
 
     def head(params: PyTree, hidden: Float[Array, "*lead d"]) -> Float[Array, "*lead vocab"]:
+        if "layers" not in params:  # from `head_params`
+            params = params | {"layers": abstract_params(config)["layers"]}
         return nnx.merge(graphdef, params).head(hidden)
 
     def apply(
@@ -173,6 +175,11 @@ def _layer_functions(
         finish=piece("finish"),
         scale=abstract.self_attn.scale,
     )
+
+
+def head_params(params: PyTree) -> PyTree:
+    """Return the part of a parameter tree that the output head takes: all but the layers."""
+    return {name: value for name, value in params.items() if name != "layers"}
 
 
 def abstract_params(config: DecoderConfig) -> PyTree:

@@ -13,6 +13,7 @@ from ..lora import quantize
 from ..models import DecoderConfig, Model, abstract_params, decoder_functions
 from ..optim import Paging
 from ..quant import QuantizedArray
+from ..quant.streaming import fetch
 from ..train.recipe import find_decoder_targets, make_adapter, make_optimizer
 from ..train.step import Step, init_state, make_step
 from ..tree import map_with_path
@@ -61,8 +62,15 @@ def abstract_run(
         paging: How the optimizer's state moves; absent: it stays on the device.
     """
     dtype = jnp.float16 if half else jnp.bfloat16
-    functions = decoder_functions(decoder, compute_dtype=dtype, remat=config.train.remat)
-    model = Model(config=decoder, params=None, functions=functions.map(lift), compute_dtype=dtype)
+    functions = decoder_functions(
+        decoder,
+        compute_dtype=dtype,
+        remat=config.train.remat,
+        transform=lift,
+        fetch=fetch if config.quant.streamed else None,
+        layer_chunk=config.train.layer_chunk,
+    )
+    model = Model(config=decoder, params=None, functions=functions, compute_dtype=dtype)
 
     def stored(path: str, x: Any) -> Any:
         """Norms are float32, all else is held as checkpoints are, in 16 bits."""

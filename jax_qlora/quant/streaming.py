@@ -14,7 +14,7 @@ from jax.sharding import SingleDeviceSharding
 
 from .._compat import compiles_transfers
 from ..errors import InputError
-from .array import QuantizedArray
+from .array import QuantizedArray, fetched
 
 
 def host_memory(what: str, *, instead: str, device: Any = None) -> SingleDeviceSharding:
@@ -56,6 +56,19 @@ def streaming_memory(device: Any = None) -> SingleDeviceSharding:
         instead="Keep the weights on the device (quant.streamed = false).",
         device=device,
     )
+
+
+def fetch(tree: Any) -> Any:
+    """The same tree with every streamed kernel, or slice of one, brought to the device.
+
+    Args:
+        tree: Parameters, e.g. one layer's, with adapters or without; in compiled code.
+    """
+
+    def one(x: Any) -> Any:
+        return fetched(x) if isinstance(x, QuantizedArray) else x
+
+    return jax.tree.map(one, tree, is_leaf=lambda x: isinstance(x, QuantizedArray))
 
 
 def stream(tree: Any, *, device: Any = None) -> Any:

@@ -284,6 +284,7 @@ def load(
         double_quant=config.quant.double_quant,
         compute_dtype=training_compute_dtype() if dtype == "auto" else dtype,
         remat=config.train.remat,
+        layer_chunk=config.train.layer_chunk,
         streamed=config.quant.streamed,
     )
     if targets is None:

@@ -99,7 +99,7 @@ def make_step(
 
     def loss(trainable: PyTree, frozen: PyTree, part: Batch, scale: Array, key: Any) -> Array:
         params = assemble(trainable, frozen, dropout_key=key)
-        return answer_loss(model, params, part, width=width, chunk=chunk)[0] * scale
+        return answer_loss(model, params, part, width=width, chunk=chunk, scale=scale)[0]
 
     def step(
         state: TrainState, frozen: PyTree, batch: Batch
@@ -163,7 +163,10 @@ def compiler_options(config: Config, platform: str) -> dict[str, Any]:
         platform: What is compiled for.
     """
     if platform == "gpu" and config.quant.streamed:
-        return {"xla_gpu_enable_latency_hiding_scheduler": True}
+        return {
+            "xla_gpu_enable_latency_hiding_scheduler": True,
+            "xla_gpu_memory_limit_slop_factor": 40,  # percent of what the card has left
+        }
     return {}
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finds dense weights in a jaxpr: what a lifted function must never make."""
+"""Walks a jaxpr: the shapes in it, and dense weights, which a lifted function must never make."""
 
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
@@ -24,6 +24,12 @@ def equations(jaxpr: Any, exempt: str = EXEMPT) -> Iterator[Any]:
             for inner in value if isinstance(value, list | tuple) else [value]:
                 if isinstance(inner, ClosedJaxpr | Jaxpr):
                     yield from equations(inner, exempt)
+
+
+def shapes_of(f: Any, *args: Any) -> set[tuple[int, ...]]:
+    """Shapes of all values that `f` computes."""
+    jaxpr = jax.make_jaxpr(f)(*args)
+    return {aval_of(v).shape for e in equations(jaxpr) for v in e.outvars}
 
 
 def weight_sizes(targets: Any) -> set[int]:

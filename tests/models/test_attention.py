@@ -8,13 +8,12 @@ import numpy as np
 import pytest
 
 import jax_qlora as jq
-from jax_qlora._compat import aval_of
 from jax_qlora.models import decoder, decoder_functions
 from jax_qlora.models.attention import attention_mask_of, grouped_query_attention
 from jax_qlora.models.blockwise_attention import BLOCK, blockwise_attention
 
 from ..helpers import assert_trees_close, normal
-from ..lift.walk import equations
+from ..lift.walk import shapes_of
 from ..tiny import quantized, tiny_model
 
 ROWS, SEQ, HEAD_DIM, SCALE = 2, 37, 8, 0.4
@@ -185,11 +184,6 @@ def test_vmap_scan_and_checkpoint():
         for attend in (blockwise, plain)
     )
     assert_trees_close(got, want, rtol=1e-5, atol=1e-5)
-
-
-def shapes_of(f: Any, *args: Any) -> set[tuple[int, ...]]:
-    """Shapes of all values that `f` computes."""
-    return {aval_of(v).shape for e in equations(jax.make_jaxpr(f)(*args)) for v in e.outvars}
 
 
 def largest(f: Any, *args: Any) -> int:
