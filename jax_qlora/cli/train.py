@@ -17,7 +17,9 @@ def run(args: Sequence[str]) -> int:
     ensure_downloaded(config.model, config.data.source)
 
     from ..train import train
+    from .compiled import keep_compiled
 
+    keep_compiled()
     result = train(config)
     if result.interrupted:
         print(f"Resume with: {shlex.join(['jax-qlora', 'train', *args])}", file=sys.stderr)

@@ -24,9 +24,14 @@ _HUB_FILES = ["*.safetensors", "*.json", "*.jinja"]
 
 
 def cache_directory() -> Path:
-    """Return where downloads are kept: $JAX_QLORA_CACHE, or ~/.cache/jax-qlora."""
-    chosen = os.environ.get("JAX_QLORA_CACHE")
-    return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "jax-qlora"
+    """Return where downloads are kept.
+
+    $JAX_QLORA_CACHE, or jax-qlora in $XDG_CACHE_HOME, or ~/.cache/jax-qlora.
+    """
+    if chosen := os.environ.get("JAX_QLORA_CACHE"):
+        return Path(chosen).expanduser()
+    shared = Path(os.environ.get("XDG_CACHE_HOME", ""))  # one that is not absolute does not count
+    return (shared if shared.is_absolute() else Path.home() / ".cache") / "jax-qlora"
 
 
 def resolve(name_or_path: str | Path) -> Path:

@@ -225,7 +225,12 @@ def test_the_cache_is_a_file(index, tmp_path, monkeypatch):
 
 def test_the_cache_is_where_it_is_said_to_be(monkeypatch):
     monkeypatch.delenv("JAX_QLORA_CACHE", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     assert cache_directory() == Path.home() / ".cache" / "jax-qlora"
+    monkeypatch.setenv("XDG_CACHE_HOME", "not/absolute")
+    assert cache_directory() == Path.home() / ".cache" / "jax-qlora"
+    monkeypatch.setenv("XDG_CACHE_HOME", "/var/tmp/caches")
+    assert cache_directory() == Path("/var/tmp/caches/jax-qlora")
     monkeypatch.setenv("JAX_QLORA_CACHE", "~/elsewhere")
     assert cache_directory() == Path.home() / "elsewhere"
 
