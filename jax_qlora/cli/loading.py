@@ -56,6 +56,7 @@ def complete(source: Source) -> tuple[str, str | None, dict[str, Any]]:
             settings["quantization"] = config.quant.format if config.method == "qlora" else None
             settings["block_size"] = config.quant.block_size
             settings["double_quant"] = config.quant.double_quant
+            settings["embeddings"] = config.quant.embeddings
         if adapter is not None and not Path(adapter).exists():
             raise InputError(
                 f"--run: '{run}' has no adapter yet: expected '{adapter}'. The run is not "

@@ -69,6 +69,11 @@ def estimate(decoder: DecoderConfig, config: Config, targets: Targets | None, *,
             rank = pick_by_pattern(target.path, config.lora.rank_pattern, config.lora.rank)
             rows, cols = target.layout.rows, target.layout.cols
             adapter += math.prod(target.lead) * rank * (rows + cols)
+        if config.method == "qlora" and config.quant.embeddings:
+            codes, extra = _packed(decoder.vocab_size, decoder.d_model, config)
+            tables = 1 if decoder.tied else 2
+            base += tables * (codes - 2 * decoder.vocab_size * decoder.d_model)
+            constants += tables * extra
         trainable, parameters = 4 * adapter, adapter
     each = {"float32": 8.0, "bfloat16": 4.0, "8bit": 2 + 8 / 256}[config.optim.state]
     moments = int(each * parameters)
@@ -104,18 +109,25 @@ def _kv(decoder: DecoderConfig) -> int:
 
 def _quantized(target: Target, config: Config) -> tuple[int, int]:
     """Bytes of the codes and of the constants of a stacked kernel."""
-    size, rows = config.quant.block_size, target.layout.rows
-    blocks = -(-target.layout.cols // size)
+    codes, constants = _packed(target.layout.rows, target.layout.cols, config)
     lead = math.prod(target.lead)
-    constants = 4 * rows * blocks
+    return lead * codes, lead * constants
+
+
+def _packed(rows: int, cols: int, config: Config) -> tuple[int, int]:
+    """The same of one matrix, whose blocks run along its rows."""
+    size = config.quant.block_size
+    blocks = rows * -(-cols // size)
+    constants = 4 * blocks
     if config.quant.double_quant:
-        constants = rows * blocks + 4 * -(-rows * blocks // 256) + 4
-    return lead * rows * blocks * size // 2, lead * constants
+        constants = blocks + 4 * -(-blocks // 256) + 4
+    return blocks * size // 2, constants
 
 
 def _temporaries(decoder: DecoderConfig, config: Config, trainable: int, seq: int) -> int:
     tokens, d, layers = config.train.batch_size * seq, decoder.d_model, decoder.n_layers
     q, kv, ff = decoder.n_heads * decoder.head_dim, _kv(decoder), decoder.d_ff
+    looped = config.train.remat in ("full", "offload")
     kept = {  # 16-bit values that a token leaves behind in each layer
         "offload": 0,
         "full": d,
@@ -123,16 +135,18 @@ def _temporaries(decoder: DecoderConfig, config: Config, trainable: int, seq: in
         "none": 2 * d + 2 * q + 2 * kv + 2 * ff,
     }[config.train.remat]
     saved = 2 * layers * tokens * kept
-    kernel = 0 if config.method == "lora" else 2 * max(d * ff, d * q)
-    gradients = trainable
-    working = 2 * kernel + tokens * (12 * d + 8 * q + 2 * kv) + _gated(seq, tokens, ff)
-    if config.train.remat == "offload":
-        working += 4 * tokens * d  # on their way to the host and back
+    stream = 4 * tokens * d if config.train.remat == "offload" else 2 * tokens * d
+    working = 0 if config.method == "lora" else 4 * max(d * ff, d * q)
+    if looped:
+        chunk = min(tokens, max(config.train.layer_chunk, 256 * config.train.batch_size))
+        working += stream + 12 * tokens * kv + chunk * (12 * d + 8 * q + 10 * ff)
+    else:
+        working += tokens * (12 * d + 8 * q + 2 * kv) + _gated(seq, tokens, ff)
     if config.quant.streamed:
-        working += 3 * (2 * d * q + 2 * d * kv + 3 * d * ff) // 4  # packed, fetched ahead
-    logits = 10 * min(config.train.loss_chunk, tokens) * decoder.vocab_size
+        working += (2 * d * q + 2 * d * kv + 3 * d * ff) // 2  # one layer, packed
+    logits = stream + 8 * min(config.train.loss_chunk, tokens) * decoder.vocab_size
     accumulated = trainable if config.train.accumulate > 1 else 0
-    return saved + max(gradients + working, logits) + accumulated
+    return saved + max(trainable + working, logits) + accumulated
 
 
 def _gated(seq: int, tokens: int, ff: int) -> int:

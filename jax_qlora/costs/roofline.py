@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The least time that a step can take: arithmetic, memory traffic and the bus, each at its peak."""
 
+import math
+
 from ..config import Config
 from ..models import DecoderConfig
 from .formula import Bytes
@@ -38,7 +40,9 @@ def least_seconds(
     flops = tokens * (2 * passes * kernels + 4 * head + attention)
     stored = 0.53 if config.method == "qlora" else 2.0
     decoded = 4.0 if config.method == "qlora" else 0.0  # written and read again in 16 bits
-    parts = config.train.accumulate * passes
+    rows = max(config.train.layer_chunk // config.train.batch_size, 256)
+    chunks = math.ceil(seq / rows) if recompute else 1  # kernels are decoded for each
+    parts = config.train.accumulate * passes * chunks
     traffic = parts * kernels * (stored + decoded) + 3 * (planned.trainable + planned.optimizer)
     return {
         "arithmetic": flops / gpu.flops,

@@ -205,7 +205,7 @@ def plan_bnb(
         encoding: The format.
         dtype: dtype of the weight that the 4 bits stand for.
     """
-    format, block_size, double_quant = encoding
+    format, block_size, double_quant, _ = encoding
     size = math.prod(shape)
     blocks = -(-size // block_size)
     state: dict[str, Any] = {
@@ -263,7 +263,7 @@ def encode_rows(
     Raises:
         InputError: It has values that are not finite.
     """
-    format, block_size, double_quant = encoding
+    format, block_size, double_quant, _ = encoding
     rows, cols = shape
     unit = block_size // math.gcd(cols, block_size)  # rows that are whole blocks
     step = max(1, _CHUNK // cols // unit) * unit

@@ -23,6 +23,7 @@ def load_model(
     quantization: str | None = "nf4",
     block_size: int = 64,
     double_quant: bool = True,
+    embeddings: bool = False,
     compute_dtype: DTypeLike | None = None,
     dtype: DTypeLike | None = None,
     remat: str = "none",
@@ -34,11 +35,13 @@ def load_model(
     Args:
         path: A Hugging Face directory (safetensors), a .gguf file, a name that `jax-qlora download`
             knows, or a Hub id.
-        quantization: "nf4", "fp4" or "int4" for the linears of the layers; the embedding, the head,
-            norms and biases stay as they are. None loads everything dense. Weights that
-            bitsandbytes has quantized keep their own format and codes (None makes them dense).
+        quantization: "nf4", "fp4" or "int4" for the linears of the layers; norms, biases and,
+            unless `embeddings` says so, the embedding and the head stay as they are. None loads
+            everything dense. Weights that bitsandbytes has quantized keep their own format and
+            codes (None makes them dense).
         block_size: Elements that share a constant: 32, 64, 128 or 256.
         double_quant: Also quantize the constants.
+        embeddings: Also quantize the embedding and the output head.
         compute_dtype: Operands of the matmuls. By default float32 on a CPU, bfloat16 on
             accelerators that have it and float16 on those that do not.
         dtype: Storage of what is not quantized, norms aside. By default the checkpoint's; that of a
@@ -77,7 +80,9 @@ def load_model(
         fetch=fetch if streamed else None,
         layer_chunk=layer_chunk,
     )
-    encoding = None if quantization is None else Encoding(quantization, block_size, double_quant)
+    encoding = None
+    if quantization is not None:
+        encoding = Encoding(quantization, block_size, double_quant, embeddings)
     params = load_params(
         tensors, config, where=f"'{path}'", encoding=encoding, dtype=dtype, streamed=streamed
     )

@@ -53,12 +53,18 @@ class Tensor(Protocol):
         ...
 
 
+EMBEDDINGS = ("embed_tokens/embedding", "lm_head/kernel")
+"""Paths of the tables with one row, or column, for each token of the vocabulary."""
+
+
 class Encoding(NamedTuple):
     """How the linears of the layers are quantized; as in `quantize_rows`."""
 
     format: str
     block_size: int
     double_quant: bool
+    embeddings: bool = False
+    """Whether the embedding and the output head are quantized as well."""
 
 
 def load_params(
@@ -131,9 +137,11 @@ class _Source(NamedTuple):
         if self.encoding is not None and all(pre):
             stacked = self.read_bnb(path, names)
             return stacked if path.startswith("layers/") else _first(stacked)
-        linear = path.startswith("layers/") and path.endswith("/kernel")
-        if self.encoding is not None and linear:
-            return self.encode(path, names, self.encoding)
+        layers = path.startswith("layers/")
+        if self.encoding is not None and layers and path.endswith("/kernel"):
+            return self.encode(path, names, self.encoding, self.host)
+        if self.encoding is not None and self.encoding.embeddings and path in EMBEDDINGS:
+            return _first(self.encode(path, names, self.encoding, None))
         return self.dense(path, names)
 
     def stored_dtype(self, path: str, name: str) -> np.dtype:
@@ -169,9 +177,11 @@ class _Source(NamedTuple):
                 rows[start : start + len(chunk)] = values
         return jax.device_put(out)
 
-    def encode(self, path: str, names: tuple[str, ...], encoding: Encoding) -> QuantizedArray:
-        """The tensors in 4 bits."""
-        format, block_size, double_quant = encoding
+    def encode(
+        self, path: str, names: tuple[str, ...], encoding: Encoding, host: Any
+    ) -> QuantizedArray:
+        """The tensors in 4 bits, stacked, in host memory or, without it, on the device."""
+        format, block_size, double_quant, _ = encoding
         (rows, cols), n = tensor_shape(path, self.config), len(names)
         blocks = -(-cols // block_size)
         codes = _aligned((n, rows, blocks * block_size // 2), np.uint8)
@@ -192,18 +202,20 @@ class _Source(NamedTuple):
                 offsets.append(offset)
             else:
                 constants[layer] = absmax
+        kernel = path.endswith("/kernel")
         second = [jnp.stack(x) for x in (scales, offsets)] if double_quant else [None, None]
-        scale, offset = jax.device_put(second, self.host)
+        scale, offset = jax.device_put(second, host)
         return QuantizedArray.from_parts(
-            codes=jax.device_put(codes, self.host),
-            absmax=jax.device_put(constants, self.host),
+            codes=jax.device_put(codes, host),
+            absmax=jax.device_put(constants, host),
             absmax_scale=scale,
             absmax_offset=offset,
-            kernel_shape=(cols, rows),
+            kernel_shape=(cols, rows) if kernel else (rows, cols),
+            in_axes=(-2,) if kernel else (-1,),
             format=format,
             block_size=block_size,
             dtype=jnp.dtype(self.stored_dtype(path, names[0])),
-            streamed=self.host is not None,
+            streamed=host is not None,
         )
 
     def not_finite(self, name: str) -> InputError:

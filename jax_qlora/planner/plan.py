@@ -243,6 +243,7 @@ def _most(
 
 _OPTIONS = (
     ("without double quantization", {"quant.double_quant": False}),
+    ("embedding and head in 4 bits", {"quant.embeddings": True}),
     ("remat none", {"train.remat": "none"}),
     ("remat dots", {"train.remat": "dots"}),
     ("remat full", {"train.remat": "full"}),
@@ -256,7 +257,11 @@ _OPTIONS = (
 )
 
 
-_OF_QLORA = ("without double quantization", "weights streamed from the host")
+_OF_QLORA = (
+    "without double quantization",
+    "embedding and head in 4 bits",
+    "weights streamed from the host",
+)
 
 
 def _changes(

@@ -2,17 +2,19 @@
 """The training step of a run as a function of shapes: nothing is read, nothing is allocated."""
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from ..config import Config
+from ..interop.load_params import EMBEDDINGS
 from ..lift import lift
 from ..lora import quantize
 from ..models import DecoderConfig, Model, abstract_params, decoder_functions
 from ..optim import Paging
-from ..quant import QuantizedArray
+from ..quant import QuantizedArray, quantize_array
 from ..quant.streaming import fetch
 from ..train.recipe import find_decoder_targets, make_adapter, make_optimizer
 from ..train.step import Step, init_state, make_step
@@ -26,6 +28,26 @@ def _is_quantized(x: Any) -> bool:
 
 def _streamed(x: Any) -> Any:
     return dataclasses.replace(x, streamed=True) if _is_quantized(x) and x.lead else x
+
+
+def _with_tables(frozen: PyTree, config: Config) -> PyTree:
+    """The base with its embedding and its head, if it has one, in 4 bits too."""
+    quant = config.quant
+
+    def one(path: str, x: Any) -> Any:
+        if path not in EMBEDDINGS:
+            return x
+        encode = functools.partial(
+            quantize_array,
+            in_axis=-2 if path.endswith("/kernel") else -1,
+            out_axis=-1 if path.endswith("/kernel") else -2,
+            format=quant.format,
+            block_size=quant.block_size,
+            double_quant=quant.double_quant,
+        )
+        return jax.eval_shape(encode, x)
+
+    return map_with_path(one, frozen, is_leaf=_is_quantized)
 
 
 class Run(NamedTuple):
@@ -94,6 +116,8 @@ def abstract_run(
                 ),
                 params,
             )
+        if config.method == "qlora" and quant.embeddings:
+            frozen = _with_tables(frozen, config)
         if quant.streamed:
             frozen = jax.tree.map(_streamed, frozen, is_leaf=_is_quantized)
         trainable = jax.eval_shape(lambda: make_adapter(config, targets))

@@ -282,6 +282,7 @@ def load(
         quantization=config.quant.format if config.method == "qlora" else None,
         block_size=config.quant.block_size,
         double_quant=config.quant.double_quant,
+        embeddings=config.quant.embeddings,
         compute_dtype=training_compute_dtype() if dtype == "auto" else dtype,
         remat=config.train.remat,
         layer_chunk=config.train.layer_chunk,

@@ -239,3 +239,26 @@ def test_a_damaged_file_stops_before_any_tensor_is_read(tmp_path: Path):
 
 def test_default_compute_dtype_on_a_cpu():
     assert default_compute_dtype() == jnp.float32
+
+
+@pytest.mark.parametrize("name", ["llama", "llama_rope3_tied"])
+def test_embedding_and_head_in_four_bits(name: str):
+    """Logits are those of the decoded tables: a table of rows, and a kernel."""
+    model = load(name, quantization="nf4", embeddings=True, block_size=32)
+    plain = load(name, quantization="nf4", block_size=32)
+    assert ("lm_head" in model.params) != model.config.tied
+    dense = dict(plain.params)
+    for path in module.EMBEDDINGS[: 1 if model.config.tied else 2]:
+        module_name, leaf = path.split("/")
+        packed, exact = (m.params[module_name][leaf] for m in (model, plain))
+        assert isinstance(packed, QuantizedArray)
+        assert packed.shape == exact.shape and 3 * nbytes(packed) < nbytes(exact)
+        decoded = jq.dequantize(packed)
+        assert jnp.linalg.norm(decoded - exact) < 0.1 * jnp.linalg.norm(exact)
+        dense[module_name] = {leaf: decoded}
+    tokens, mask, _ = reference(name)
+    got, want = (
+        model.apply(params, tokens, attention_mask=jnp.array(mask))
+        for params in (model.params, dense)
+    )
+    np.testing.assert_allclose(got[mask == 1], want[mask == 1], atol=LOGITS)

@@ -37,7 +37,7 @@ def settings(**changes: Any):
     [
         settings(),
         settings(lora__rank=64, quant__double_quant=False),
-        settings(quant__block_size=32, optim__state="bfloat16"),
+        settings(quant__block_size=32, optim__state="bfloat16", quant__embeddings=True),
         settings(lora__targets=("q_proj", "v_proj"), lora__rank_pattern={"v_proj": 4}),
         settings(method="lora"),
         settings(method="full"),
@@ -203,7 +203,8 @@ PLANS = [
         20.5,
         4.02,
     ),
-    ("llama-65b", "rtx4090", 512, {"streamed": True}, 6.3, 31.2),
+    ("llama-65b", "rtx4090", 512, {"streamed": True, "remat": "offload"}, 6.3, 31.8),
+    ("llama-3.1-8b", "rtx4090", 78_848, {"rank": 32, "remat": "offload"}, 9.4, 19.5),
 ]
 
 
