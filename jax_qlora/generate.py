@@ -172,7 +172,7 @@ def pad_left(
 def answer(
     generator: Generator,
     model: Model,
-    params: PyTree,
+    params: PyTree | Callable[[np.ndarray], PyTree],
     prompts: Sequence[Sequence[int] | np.ndarray],
     *,
     key: Key[Array, ""],
@@ -185,7 +185,8 @@ def answer(
     Args:
         generator: From `make_generator`.
         model: Its tokenizer decodes.
-        params: The parameter tree to run.
+        params: The parameter tree to run; or a function that gives it for the prompts of a batch,
+            by their numbers, where prompts use different adapters (`attach_many`).
         prompts: Token ids, for example from `encode_prompt`.
         key: Random key for sampling.
         batch_size: Rows at once; the last batch is filled up, so one shape is compiled.
@@ -202,7 +203,8 @@ def answer(
         if stop():
             break
         rows = np.minimum(np.arange(start, start + size), len(prompts) - 1)
-        new = generator(params, tokens[rows], mask[rows], jax.random.fold_in(key, start))
+        tree = params(rows) if callable(params) else params
+        new = generator(tree, tokens[rows], mask[rows], jax.random.fold_in(key, start))
         count = min(size, len(prompts) - start)
         texts += model.tokenizer.batch_decode(
             [_until_end(row, model) for row in np.asarray(new)[:count]], skip_special_tokens=True

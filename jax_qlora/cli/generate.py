@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`jax-qlora generate [PROMPT ...] --run runs/NAME`."""
 
+import itertools
 import json
 import sys
 import time
@@ -9,11 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tyro.conf import Positional
+from tyro.conf import Positional, UseAppendAction
 
+from ..errors import InputError
 from .arguments import parse
 from .compiled import keep_compiled
 from .loading import Source, complete, load
+
+BASE = "base"
+"""Who answers without an adapter."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +31,9 @@ class Arguments(Source):
 
     prompts: Positional[tuple[str, ...]] = ()
     """What the user says."""
+    compare: UseAppendAction[tuple[str, ...]] = ()
+    """NAME=DIRECTORY of one more adapter; can be repeated. Each prompt is then answered with every
+    adapter and by the base, in one batch."""
     system: str | None = None
     """System prompt; by default that of the run's examples, if any."""
     max_new_tokens: int = 128
@@ -48,19 +56,31 @@ def run(args: Sequence[str]) -> int:
     keep_compiled()
     name, adapter_path, settings = complete(arguments)
     settings.setdefault("quantization", "nf4")
-    model, adapter = load(name, adapter_path, settings)
+    directories = _named(arguments.compare, adapter_path)
+    model, adapter = load(name, None if directories else adapter_path, settings)
 
     import jax
 
     from ..data.encode import encode_prompt
     from ..generate import Sampling, answer, make_generator
-    from ..lora import attach
+    from ..interop.peft import load_adapter
+    from ..lora import adapter_index, attach, attach_many, stack_adapters
 
     sampling = Sampling(
         temperature=arguments.temperature, top_k=arguments.top_k, top_p=arguments.top_p
     )
     generate = make_generator(model, max_new_tokens=arguments.max_new_tokens, sampling=sampling)
-    params = model.params if adapter is None else attach(model.params, adapter)
+    params: Any = model.params if adapter is None else attach(model.params, adapter)
+    adapters = {name: load_adapter(path, model) for name, path in directories.items()}
+    names = [BASE, *adapters] if adapters else [None]  # who answers
+    if adapters:
+        stacked = stack_adapters(adapters, dropout=0.0)
+        index = adapter_index(adapters, [None, *adapters])
+
+        def of_rows(rows: Any) -> Any:
+            return attach_many(model.params, stacked, index[rows % len(names)])
+
+        params = of_rows
     system = _system_prompt(arguments)
     key = jax.random.key(arguments.seed)
 
@@ -69,12 +89,37 @@ def run(args: Sequence[str]) -> int:
         tokens = [encode_prompt(model.tokenizer, chat) for chat in messages]
         began = time.monotonic()
         batch_key = jax.random.fold_in(key, number)
-        texts = answer(generate, model, params, tokens, key=batch_key)
+        each = [prompt for prompt in tokens for _ in names]
+        texts = iter(answer(generate, model, params, each, key=batch_key))
         seconds = round(time.monotonic() - began, 3)
-        for prompt, text in zip(batch, texts, strict=True):
-            record: dict[str, Any] = {"prompt": prompt, "answer": text, "seconds": seconds}
+        for prompt, who in itertools.product(batch, names):
+            record: dict[str, Any] = {"prompt": prompt, "answer": next(texts), "seconds": seconds}
+            text = record["answer"] if who is None else f"{who}: {record['answer']}"
+            record |= {} if who is None else {"adapter": who}
             print(json.dumps(record, ensure_ascii=False) if arguments.json else text, flush=True)
     return 0
+
+
+def _named(compare: Sequence[str], own: str | None) -> dict[str, str]:
+    """The adapters to compare, by name; none if there are no others than the model's own.
+
+    Raises:
+        InputError: One that has no name, or two of one name.
+    """
+    pairs = [(name, path) for name, _, path in (text.partition("=") for text in compare)]
+    for text, (name, path) in zip(compare, pairs, strict=True):
+        if not name or not path:
+            raise InputError(f"--compare {text}: expected NAME=DIRECTORY, for example mine={text}.")
+    if compare and own is not None:
+        pairs.insert(0, ("adapter", own))
+    directories = dict(pairs)
+    if len(directories) < len(pairs) or BASE in directories:
+        raise InputError(
+            f"--compare: {', '.join(name for name, _ in pairs)}: expected different names for the "
+            f"adapters, none of them '{BASE}', which is the model alone."
+            + (" That of --run or --adapter is called 'adapter'." if own is not None else "")
+        )
+    return directories
 
 
 def _batches(prompts: tuple[str, ...]) -> Iterable[list[str]]:

@@ -23,6 +23,7 @@ import numpy as np
 from ..errors import InputError
 from ..lora import LoraPair, Targets, add_magnitudes
 from ..lora.array import is_special
+from ..lora.combine_factors import used_rank
 from ..models import Model
 from ..quant.layout import KernelLayout
 from ..tree import flatten_paths
@@ -239,7 +240,7 @@ def _unstack(
                     "finite ones, training diverged. Nothing was written; go back to a checkpoint "
                     "and lower the learning rate."
                 )
-            rank = _used_rank(module_a, module_b)
+            rank = used_rank(module_a, module_b)
             if rank == 0 and pair.magnitude is None:
                 continue
             rank = max(rank, 1)
@@ -248,13 +249,6 @@ def _unstack(
                 tensors[_key(module, factor)] = np.ascontiguousarray(x)
             ranks[module], scales[module] = rank, pair.scale
     return tensors, ranks, scales
-
-
-def _used_rank(a: np.ndarray, b: np.ndarray) -> int:
-    """The rank without trailing padding: components that are zero in both factors."""
-    axes = tuple(range(a.ndim - 2))
-    used = np.any(a != 0, axis=(*axes, -1)) | np.any(b != 0, axis=(*axes, -2))
-    return int(np.max(np.nonzero(used)[0], initial=-1)) + 1
 
 
 def _stack(

@@ -133,7 +133,7 @@ def _check_adapter(adapter: Any) -> None:
             raise InputError(
                 f"'{path}' of an adapter to combine is {type(pair).__name__}: expected a LoraPair."
             )
-        if getattr(pair, "magnitude", None) is not None:
+        if pair.magnitude is not None:
             raise InputError(
                 f"'{path}' is adapted with DoRA, whose magnitudes have no weighted combination: "
                 "expected plain LoRA adapters. Merge it into its base instead."

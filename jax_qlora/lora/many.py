@@ -20,7 +20,7 @@ from ..errors import InputError
 from ..tree import pytree
 from ..typing import ArrayLike, PyTree
 from .adapter import Adapter, attach
-from .array import LoraPair
+from .pair import LoraPair
 from .stack import checked_index, take
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from ..errors import InputError
 from ..typing import Array, ArrayLike
 from .adapter import Adapter
-from .array import LoraPair
+from .pair import LoraPair
 
 
 def stack_adapters(
@@ -147,14 +147,14 @@ def checked_index(stacked: Mapping[str, LoraPair], index: ArrayLike, *, ndim: in
 
 
 def _check_adapter(name: Any, adapter: Any) -> None:
-    pairs = adapter.values() if isinstance(adapter, Mapping) else [None]
+    pairs: list[Any] = list(adapter.values()) if isinstance(adapter, Mapping) else [None]
     if not pairs or not all(isinstance(pair, LoraPair) for pair in pairs):
         raise InputError(
             f"adapter '{name}' is no mapping from paths to LoraPair: found "
             f"{type(adapter).__name__}. Expected several adapters, in a list or by name, each as "
             "init_adapter returns it."
         )
-    if any(getattr(pair, "magnitude", None) is not None for pair in pairs):
+    if any(pair.magnitude is not None for pair in pairs):
         raise InputError(
             f"adapter '{name}' is a DoRA adapter: expected plain LoRA adapters in a stack. Attach "
             "it alone, or merge it."

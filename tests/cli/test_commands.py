@@ -57,6 +57,27 @@ def test_generate_with_and_without_the_adapter(finished, capsys):
     assert base != by_parts
 
 
+def test_generate_compares_adapters_in_one_batch(finished, tmp_path, capsys):
+    own = str(finished / "adapter")
+    opposite = tmp_path / "opposite"
+    combine = ["adapters", "combine", str(opposite), own, "--method", "cat", "--weights", "-2"]
+    assert main(combine) == 0
+    capsys.readouterr()
+    common = ["--model", LLAMA, "--system", "Shout."]
+    args = ["generate", *common, "--max_new_tokens", "6", "tau", "omega", "--json"]
+    assert main([*args, "--adapter", own, "--compare", f"opposite={opposite}"]) == 0
+    records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    names = ["base", "adapter", "opposite"]
+    assert [(r["prompt"], r["adapter"]) for r in records] == [
+        (prompt, name) for prompt in ("tau", "omega") for name in names
+    ]
+    alone = [[], ["--adapter", own], ["--adapter", str(opposite)]]
+    for name, option in zip(names, alone, strict=True):
+        want = answers(capsys, *common, *option, "tau", "omega")
+        assert [r["answer"] for r in records if r["adapter"] == name] == want
+    assert len({r["answer"] for r in records if r["prompt"] == "tau"}) > 1
+
+
 def test_generate_reads_prompts_from_standard_input(finished, capsys, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO("tau\n\nomega\n"))
     piped = answers(capsys, "--run", str(finished))
@@ -184,6 +205,8 @@ def test_preview_shows_what_is_learned(capsys):
         ("generate --run {cut} hello", "has no adapter yet: expected"),
         ("generate --model {llama} --temperature -1 hello", "temperature: expected at least 0"),
         ("generate --model {llama} --adapter {tmp} hello", "adapter_config.json"),
+        ("generate --model {llama} --compare {tmp} hello", "expected NAME=DIRECTORY"),
+        ("generate --model {llama} --compare a=x --compare a=y hi", "expected different names"),
         ("generate --model {truncated} hello", "model.safetensors"),
         ("merge {tmp}/out --model {llama} --adapter {tmp}", "--quantization: expected nf4"),
     ],

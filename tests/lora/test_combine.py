@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Weighted combinations against float64 NumPy, value by value; tests/reference has PEFT."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -233,4 +234,7 @@ def test_adapters_that_do_not_go_together(adapters):
         jq.combine_adapters(adapters, WEIGHTS, method="linear")
     adapters[1] = {PATH: pair(2, rows=4)}
     with pytest.raises(InputError, match=r"kernels \(2, 12, 10\) and \(2, 12, 4\).*one model"):
+        jq.combine_adapters(adapters, WEIGHTS, method="cat")
+    adapters[1] = {PATH: dataclasses.replace(pair(2), magnitude=jnp.ones((LAYERS, ROWS)))}
+    with pytest.raises(InputError, match="is adapted with DoRA"):
         jq.combine_adapters(adapters, WEIGHTS, method="cat")

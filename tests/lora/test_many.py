@@ -255,7 +255,7 @@ def test_other_parameters_pass_through(params):
 # --- what cannot be ----------------------------------------------------------------------------
 
 
-def test_adapters_that_cannot_be_stacked(adapters, targets, key):
+def test_adapters_that_cannot_be_stacked(params, adapters, targets, key):
     with pytest.raises(InputError, match="no adapters to stack"):
         jq.stack_adapters([])
     with pytest.raises(InputError, match="Expected several adapters, in a list or by name"):
@@ -265,6 +265,9 @@ def test_adapters_that_cannot_be_stacked(adapters, targets, key):
         InputError, match=r"'layers/mlp/up/kernel' is a kernel \(2, 64, 32\) in adapter 'other' and"
     ):
         jq.stack_adapters({**adapters, "other": {UP: other}})
+    dora = jq.add_magnitudes(params, adapters["wide"])
+    with pytest.raises(InputError, match="adapter 'dora' is a DoRA adapter"):
+        jq.stack_adapters({**adapters, "dora": dora})
     dropped = jq.init_adapter(key, targets, dropout=0.1)
     with pytest.raises(InputError, match=r"dropout 0.0 in adapter 'a' and 0.1 in 'b'"):
         jq.stack_adapters({"a": adapters["wide"], "b": dropped})
