@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+import dataclasses
 import shutil
 import types
 
@@ -11,6 +12,8 @@ import pytest
 from jax_qlora import checkpoint
 from jax_qlora.checkpoint import check_identity, fingerprint, restore, save, saved_steps
 from jax_qlora.errors import InputError
+from jax_qlora.quant import quantize_array, stream
+from tests.helpers import normal
 
 IDENTITY = {"lora.rank": "4", "base": "ab12"}
 
@@ -150,3 +153,20 @@ def test_fingerprint_sees_every_bit(key):
     assert fingerprint({"x": jnp.bool_(True)}) != fingerprint({"x": jnp.bool_(False)})
     assert len(first) == 16
     assert fingerprint({"key": key}) != fingerprint({"key": jax.random.key(5)})
+
+
+@pytest.mark.skipif(
+    jax.__version_info__ < (0, 12), reason="jax 0.10 compiles no copies to host memory on a CPU"
+)
+def test_fingerprint_of_what_waits_on_the_host():
+    """Read a slice at a time, with the same result as on the device, and every bit counts."""
+    q = quantize_array(normal((3, 64, 32)))
+    there = stream({"w": q})["w"]
+    assert fingerprint({"w": there}) == fingerprint({"w": q})
+    for name in ("codes", "absmax", "absmax_scale"):
+        x = np.asarray(getattr(q, name)).copy()
+        x[-1, ...] = x[0]
+        other = dataclasses.replace(q, **{name: jnp.asarray(x)})
+        assert fingerprint({"w": stream({"w": other})["w"]}) != fingerprint({"w": q})
+    text = str(jax.make_jaxpr(checkpoint._checksum, static_argnums=1)(there.codes, True))
+    assert "scan" in text and f"u8[{','.join(map(str, q.codes.shape[1:]))}]" in text

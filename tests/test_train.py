@@ -74,7 +74,7 @@ def final_state(config: Config) -> bytes:
     step = checkpoint.saved_steps(directory)[-1]
     path = directory.absolute() / f"step-{step:06d}"
     described = json.loads((path / "meta" / "metadata").read_text())["arrays"]
-    arrays = checkpoint._read(path, described)
+    arrays = checkpoint._read(path, described, dict.fromkeys(described))
     return b"".join(np.asarray(arrays[name]).tobytes() for name in sorted(arrays))
 
 
@@ -239,7 +239,9 @@ def test_every_form_of_the_optimizer_learns_and_resumes(llama, targets, tmp_path
     paging = make_paging(config.optim.placement)
     adapter = jq.init_adapter(jax.random.key(1), targets, rank=64)  # large enough for 8 bits
     state = init_state(adapter, optimizer, paging=paging)
-    shapes = jax.eval_shape(lambda: state)
+    shapes = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+    )
     losses = []
     with Display(Console(file=io.StringIO())) as show:
         step = make_step(llama, optimizer, config, width=7, paging=paging)
@@ -251,7 +253,7 @@ def test_every_form_of_the_optimizer_learns_and_resumes(llama, targets, tmp_path
             losses.append(float(values["loss"]))
         found = checkpoint.restore(tmp_path, shapes, identity={})
         assert found is not None
-        again = found[1]._replace(optimizer=paging.to_host(found[1].optimizer))
+        again = found[1]
         for i in range(3, 6):
             again, values = steps(again, parts(1))
             assert float(values["loss"]) == losses[i]

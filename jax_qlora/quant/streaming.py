@@ -17,13 +17,17 @@ from ..errors import InputError
 from .array import QuantizedArray, fetched
 
 
-def host_memory(what: str, *, instead: str, device: Any = None) -> SingleDeviceSharding:
+def host_memory(
+    what: str, *, instead: str, device: Any = None, between_calls: bool = True
+) -> SingleDeviceSharding:
     """Where arrays wait in the page-locked host memory of a device, for compiled code to fetch.
 
     Args:
         what: what is to wait there, for the message.
         instead: what to do where there is no such memory.
         device: a `jax.Device`; by default the first.
+        between_calls: whether they are still there when a compiled function returns. What waits
+            only while it runs is its own affair, on jax 0.10's CPU too.
 
     Raises:
         InputError: the device has no host memory that compiled code can copy from and to.
@@ -32,7 +36,8 @@ def host_memory(what: str, *, instead: str, device: Any = None) -> SingleDeviceS
     kinds = sorted(memory.kind for memory in device.addressable_memories())
     if {"device", "pinned_host"} <= set(kinds):
         host = SingleDeviceSharding(device, memory_kind="pinned_host")
-        if compiles_transfers(SingleDeviceSharding(device, memory_kind="device"), host):
+        there = SingleDeviceSharding(device, memory_kind="device")
+        if not between_calls or compiles_transfers(there, host):
             return host
     raise InputError(
         f"{what} on {device.platform} ({device.device_kind}): expected memory of the kinds "
@@ -69,6 +74,39 @@ def fetch(tree: Any) -> Any:
         return fetched(x) if isinstance(x, QuantizedArray) else x
 
     return jax.tree.map(one, tree, is_leaf=lambda x: isinstance(x, QuantizedArray))
+
+
+def offload_memory(device: Any = None) -> SingleDeviceSharding:
+    """Where the inputs of layers wait for the backward with `remat = "offload"`.
+
+    Args:
+        device: a `jax.Device`; by default the first.
+
+    Raises:
+        InputError: the device has no host memory.
+    """
+    return host_memory(
+        'Inputs of layers with remat "offload"',
+        instead='Use remat "full", which keeps them on the device.',
+        device=device,
+        between_calls=False,
+    )
+
+
+def check_host_memory(*, streamed: bool, remat: str) -> None:
+    """Check before any work that weights can be streamed and layer inputs offloaded, if they are.
+
+    Args:
+        streamed: whether weights are.
+        remat: what the backward recomputes; only "offload" needs host memory.
+
+    Raises:
+        InputError: the first device has no host memory for them.
+    """
+    if streamed:
+        streaming_memory()
+    if remat == "offload":
+        offload_memory()
 
 
 def stream(tree: Any, *, device: Any = None) -> Any:

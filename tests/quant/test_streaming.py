@@ -80,6 +80,9 @@ def test_a_device_without_host_memory():
     bare = Bare()
     with pytest.raises(InputError, match="npu .* the kinds device and jax .* Keep the weights"):
         streaming.streaming_memory(bare)
+    with pytest.raises(InputError, match='remat "offload" on npu .* Use remat "full"'):
+        streaming.offload_memory(bare)
+    assert streaming.offload_memory().memory_kind == "pinned_host"  # on jax 0.10's CPU too
 
 
 @needs_host
