@@ -29,6 +29,8 @@ from .lora import quantize as quantize
 from .lora import select_adapter as select_adapter
 from .lora import stack_adapters as stack_adapters
 from .lora import summary as summary
+from .lora import train_tokens as train_tokens
+from .lora import train_whole as train_whole
 from .lora import unmerge as unmerge
 from .quant import QuantizedArray as QuantizedArray
 from .quant import dequantize as dequantize

@@ -16,12 +16,13 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
 from ..errors import InputError
-from ..lora import LoraPair, Targets, add_magnitudes
+from ..lora import Adapter, LoraPair, Targets, add_magnitudes
 from ..lora.array import is_special
 from ..lora.combine_factors import used_rank
 from ..models import Model
@@ -30,13 +31,16 @@ from ..tree import flatten_paths
 from .adapter_files import WEIGHTS_NAME, read_tensors, write_adapter
 from .hf import tensor_names
 from .peft_config import PeftConfig, config_json, make_config, read_config
+from .peft_whole import PREFIX, Whole, read_whole, whole_tensors, write_whole
 
-_PREFIX = "base_model.model."
 _SUFFIXES = {
     "a": ".lora_A.weight",
     "b": ".lora_B.weight",
     "magnitude": ".lora_magnitude_vector",
 }
+# of an embedding, whose rows are the vocabulary: transposed, and so named the other way round
+_EMBEDDING_SUFFIXES = {"b": ".lora_embedding_A", "a": ".lora_embedding_B"}
+_TIED = {f: f"{PREFIX}lm_head{_SUFFIXES[f]}" for f in ("a", "b")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,11 +69,12 @@ class _Slot:
     lead: tuple[int, ...]
     layout: KernelLayout
     head: bool
+    embedding: bool = False
 
 
 def save_adapter(
     path: str | os.PathLike[str],
-    adapter: Mapping[str, LoraPair],
+    adapter: Mapping[str, Any],
     model: Model | Targets,
     *,
     base_model: str | None = None,
@@ -81,7 +86,7 @@ def save_adapter(
 
     Args:
         path: Directory to make.
-        adapter: Path -> LoraPair.
+        adapter: Path -> LoraPair, and what trains beside: see `attach`.
         model: The model it belongs to; or, for a tree that is no decoder of this library, the
             `Targets` found in it: modules are then named by path, with "/" as ".".
         base_model: Name or path of the base model to note in the configuration.
@@ -95,25 +100,43 @@ def save_adapter(
     """
     path = Path(path)
     slots = _slots(model)
-    dora = {pair.magnitude is not None for pair in adapter.values()}
+    pairs = {p: x for p, x in adapter.items() if isinstance(x, LoraPair)}
+    dora = {pair.magnitude is not None for pair in pairs.values()}
     if len(dora) > 1:
         raise InputError(
             f"the adapter to save at {path} has magnitudes (DoRA) for some updates and none for "
             "others: expected all or none, as in PEFT. Make them with add_magnitudes."
         )
-    tensors, ranks, scales = _unstack(adapter, slots)
-    if not tensors:
+    tensors, ranks, scales = _unstack(pairs, slots)
+    if dora == {True} and any(slots[module].embedding for module in ranks):
+        raise InputError(
+            f"the adapter to save at {path} is a DoRA adapter of the embedding: PEFT scales its "
+            "columns, here DoRA scales rows. Leave the embedding out of the targets, or merge it."
+        )
+    if not ranks:
         raise InputError(
             f"the adapter to save at {path} changes nothing: expected at least one update that is "
             "not zero in both factors. Make one with init_adapter."
         )
-    config = make_config(
-        ranks,
-        scales,
-        slots,
-        dropout=max(pair.dropout for pair in adapter.values()),
-        dora=dora == {True},
-    )
+    settings: dict[str, Any] = dict(dora=dora == {True})
+    if isinstance(model, Model):
+        rest = {p: x for p, x in adapter.items() if p not in pairs}
+        whole, more = write_whole(rest, model, ranks)
+        _check_finite(whole)
+        tensors, settings = tensors | whole, settings | more
+        if model.config.tied:  # one update of one weight; PEFT has it twice
+            for module in [m for m in ranks if slots[m].embedding]:
+                settings["tied"] = True
+                for factor, copy in _TIED.items():
+                    key = _key(module, slots[module], factor)
+                    tensors[copy] = np.ascontiguousarray(tensors[key].T)
+    elif len(pairs) < len(adapter):
+        raise InputError(
+            f"the adapter to save at {path} trains whole weights or rows: expected updates alone "
+            "for a tree that is no decoder of this library. Save those arrays yourself."
+        )
+    dropout = max(pair.dropout for pair in pairs.values())
+    config = make_config(ranks, scales, slots, dropout=dropout, **settings)
     text = config_json(config, base_model=base_model, causal_lm=isinstance(model, Model))
     write_adapter(path, tensors, text)
     b = [x for name, x in tensors.items() if name.endswith(_SUFFIXES["b"])]
@@ -125,7 +148,7 @@ def save_adapter(
     )
 
 
-def load_adapter(path: str | os.PathLike[str], model: Model | Targets) -> dict[str, LoraPair]:
+def load_adapter(path: str | os.PathLike[str], model: Model | Targets) -> Adapter:
     """Reads a LoRA adapter that PEFT or `save_adapter` wrote.
 
     Every tensor of the file is used and every module that the configuration names is filled, or it
@@ -136,7 +159,7 @@ def load_adapter(path: str | os.PathLike[str], model: Model | Targets) -> dict[s
         model: The model it was trained on, or the `Targets` of a tree, as for `save_adapter`.
 
     Returns:
-        Path -> LoraPair, float32.
+        Path -> LoraPair, float32; and the arrays and TokenRows that are trained beside.
 
     Raises:
         InputError: files missing, damaged or not finite; a field of the configuration that changes
@@ -147,19 +170,25 @@ def load_adapter(path: str | os.PathLike[str], model: Model | Targets) -> dict[s
     config = read_config(path)
     tensors = read_tensors(path / WEIGHTS_NAME)
     slots = _slots(model)
-    _check_fit(path, config, tensors, slots)
+    targets = [m for m, slot in slots.items() if config.is_target(m, head=slot.head)]
+    targets = [m for m in targets if not (slots[m].embedding and config.is_every_linear)]
+    whole: dict[str, Whole] = {}
+    if isinstance(model, Model):
+        whole = whole_tensors(config, model, targets)
+    tensors = _without_copies(path, config, tensors, model)
+    _check_fit(path, config, tensors, slots, targets, whole)
+    beside = read_whole(whole, tensors, model) if isinstance(model, Model) else {}
     stacks: dict[str, dict[int | None, str]] = {}
-    for module, slot in slots.items():
-        stack = stacks.setdefault(slot.path, {})
-        if _key(module, "a") in tensors:
-            stack[slot.layer] = module
-    adapter = {
+    for module in targets:
+        stacks.setdefault(slots[module].path, {})[slots[module].layer] = module
+    adapter: Adapter = {
         leaf: _stack(config, tensors, modules, slots[next(iter(modules.values()))])
         for leaf, modules in stacks.items()
-        if modules
     }
+    if twice := sorted(adapter.keys() & beside.keys()):
+        raise InputError(f"the adapter at {path} has two updates of {_some(twice)}: expected one.")
     if not config.dora:
-        return adapter
+        return adapter | beside
     # layers that the adapter leaves out keep the length of their rows
     untouched = add_magnitudes(model.params, adapter) if isinstance(model, Model) else {}
     for leaf, pair in adapter.items():
@@ -168,17 +197,18 @@ def load_adapter(path: str | os.PathLike[str], model: Model | Targets) -> dict[s
         if leaf in untouched and len(modules) < math.prod(slot.lead):
             magnitude[:] = np.asarray(untouched[leaf].magnitude)
         for layer, module in modules.items():
-            magnitude[... if layer is None else layer] = tensors[_key(module, "magnitude")]
+            magnitude[... if layer is None else layer] = tensors[_key(module, slot, "magnitude")]
         adapter[leaf] = replace(pair, magnitude=jnp.asarray(magnitude))
-    return adapter
+    return adapter | beside
 
 
-def _key(module: str, factor: str) -> str:
-    return f"{_PREFIX}{module}{_SUFFIXES[factor]}"
+def _key(module: str, slot: _Slot, factor: str) -> str:
+    suffixes = _SUFFIXES | _EMBEDDING_SUFFIXES if slot.embedding else _SUFFIXES
+    return f"{PREFIX}{module}{suffixes[factor]}"
 
 
 def _slots(model: Model | Targets) -> dict[str, _Slot]:
-    """The linear modules by PEFT's name for them."""
+    """The linear modules and the embedding, by PEFT's name for them."""
     slots: dict[str, _Slot] = {}
     if isinstance(model, Targets):
         for t in model.found:
@@ -187,9 +217,15 @@ def _slots(model: Model | Targets) -> dict[str, _Slot]:
         return slots
     for path, leaf in flatten_paths(model.params, is_leaf=is_special).items():
         module, _, kind = path.rpartition("/")
+        shape = tuple(leaf.shape)
+        if kind == "embedding":
+            layout = KernelLayout(shape=shape, in_axes=(-1,))
+            name = tensor_names(path, model.config)[0].removesuffix(".weight")
+            slots[name] = _Slot(
+                path=path, layer=None, lead=(), layout=layout, head=False, embedding=True
+            )
         if kind != "kernel":
             continue
-        shape = tuple(leaf.shape)
         layout = KernelLayout(shape=shape[-2:], in_axes=(-2,))
         stacked = path.startswith("layers/")
         for layer, name in enumerate(tensor_names(path, model.config)):
@@ -214,8 +250,7 @@ def _unstack(
     if unknown:
         raise InputError(
             f"the adapter has updates of {_some(unknown)}, which are no linear modules of the "
-            f"model: expected some of {_some(by_path)}. Save it with the model it was made for; "
-            "updates of embeddings cannot be saved in this format."
+            f"model: expected some of {_some(by_path)}. Save it with the model it was made for."
         )
     tensors: dict[str, np.ndarray] = {}
     ranks: dict[str, int] = {}
@@ -246,7 +281,8 @@ def _unstack(
             rank = max(rank, 1)
             parts |= {"a": module_a[..., :rank, :], "b": module_b[..., :rank]}
             for factor, x in parts.items():
-                tensors[_key(module, factor)] = np.ascontiguousarray(x)
+                x = x.T if slot.embedding else x
+                tensors[_key(module, slot, factor)] = np.ascontiguousarray(x)
             ranks[module], scales[module] = rank, pair.scale
     return tensors, ranks, scales
 
@@ -265,7 +301,9 @@ def _stack(
     b = np.zeros((*slot.lead, slot.layout.rows, rank), np.float32)
     for layer, module in modules.items():
         index = () if layer is None else (layer,)
-        own_a, own_b = tensors[_key(module, "a")], tensors[_key(module, "b")]
+        own_a, own_b = (tensors[_key(module, slot, f)] for f in "ab")
+        if slot.embedding:
+            own_a, own_b = own_a.T, own_b.T
         own_rank = own_a.shape[-2]
         folded = own_b if scales[module] == scale else own_b * np.float64(scales[module] / scale)
         a[(*index, ..., slice(own_rank), slice(None))] = own_a
@@ -279,26 +317,73 @@ def _stack(
     )
 
 
+def _without_copies(
+    path: Path, config: PeftConfig, tensors: dict[str, np.ndarray], model: Model | Targets
+) -> dict[str, np.ndarray]:
+    """The tensors without those that PEFT saves twice, or beside an embedding's update.
+
+    Raises:
+        InputError: they are not what they should be copies of.
+    """
+    if not isinstance(model, Model):
+        return tensors
+    tensors = dict(tensors)
+    embedding = f"{PREFIX}model.embed_tokens"
+    leaf = model.params["embed_tokens"]["embedding"]
+    for key in (f"{embedding}.base_layer.weight", f"{PREFIX}lm_head.base_layer.weight"):
+        if key in tensors and f"{embedding}.lora_embedding_A" in tensors:
+            found = tensors.pop(key)
+            if found.shape != leaf.shape or not np.array_equal(found, np.asarray(leaf, np.float32)):
+                raise InputError(
+                    f"the adapter at {path} carries an embedding {found.shape} that is not the "
+                    f"model's {tuple(leaf.shape)}: expected the model that it was trained on. "
+                    "Merge it with PEFT if its vocabulary was resized."
+                )
+    if model.config.tied and f"{embedding}.lora_embedding_A" in tensors:
+        if not config.tied:
+            raise InputError(
+                f"the adapter at {path} changes the tied embedding without ensure_weight_tying: "
+                "expected embedding and output head to change together, as they are one weight "
+                "here. Train it with ensure_weight_tying=True."
+            )
+        for factor, copy in _TIED.items():
+            own = tensors[f"{embedding}{_EMBEDDING_SUFFIXES[factor]}"]
+            if copy in tensors and not np.array_equal(tensors.pop(copy), own.T):
+                raise InputError(
+                    f"the adapter at {path} has different updates of embedding and output head, "
+                    "which are one weight in this model. Merge it with PEFT."
+                )
+    return tensors
+
+
 def _check_fit(
     path: Path,
     config: PeftConfig,
     tensors: Mapping[str, np.ndarray],
     slots: Mapping[str, _Slot],
+    targets: Iterable[str],
+    whole: Mapping[str, Whole],
 ) -> None:
     """Every tensor used, every target filled, every shape right."""
-    want: dict[str, tuple[int, ...]] = {}
-    for module, slot in slots.items():
-        if config.is_target(module, head=slot.head):
-            lead = slot.lead if slot.layer is None else ()
-            rank = config.rank_of(module)
-            want[_key(module, "a")] = (*lead, rank, slot.layout.cols)
-            want[_key(module, "b")] = (*lead, slot.layout.rows, rank)
-            if config.dora:
-                want[_key(module, "magnitude")] = (*lead, slot.layout.rows)
+    want: dict[str, tuple[int, ...]] = {key: entry.shape for key, entry in whole.items()}
+    for module in targets:
+        slot = slots[module]
+        lead = slot.lead if slot.layer is None else ()
+        rank = config.rank_of(module)
+        a, b = (*lead, rank, slot.layout.cols), (*lead, slot.layout.rows, rank)
+        want[_key(module, slot, "a")] = a[::-1] if slot.embedding else a
+        want[_key(module, slot, "b")] = b[::-1] if slot.embedding else b
+        if config.dora and slot.embedding:
+            raise InputError(
+                f"the adapter at {path} is a DoRA adapter of the embedding '{module}': PEFT scales "
+                "its columns, here DoRA scales rows. Merge it with PEFT."
+            )
+        if config.dora:
+            want[_key(module, slot, "magnitude")] = (*lead, slot.layout.rows)
     missing = [k for k in want if k not in tensors]
     unused = [k for k in tensors if k not in want]
     shapes = [
-        f"{k.removeprefix(_PREFIX)}: expected {want[k]}, found {x.shape}"
+        f"{k.removeprefix(PREFIX)}: expected {want[k]}, found {x.shape}"
         for k, x in tensors.items()
         if k in want and x.shape != want[k]
     ]
@@ -313,8 +398,6 @@ def _check_fit(
             if items
         ]
         hint = "The adapter was trained on another model, or its configuration was changed."
-        if any("lora_embedding" in k or "embed_tokens" in k for k in unused):
-            hint = "Adapters of embeddings are not supported: merge it with PEFT."
         raise InputError(
             f"the adapter at {path} does not fit the model: its configuration asks for "
             f"{len(want)} tensors, the file has {len(tensors)}. " + "; ".join(lines) + f". {hint}"
@@ -335,3 +418,12 @@ def _check_fit(
 def _some(items: Iterable[str]) -> str:
     items = list(items)
     return ", ".join(items[:6]) + (f", ... ({len(items)} in all)" if len(items) > 6 else "")
+
+
+def _check_finite(tensors: Mapping[str, np.ndarray]) -> None:
+    bad = [k.removeprefix(PREFIX) for k, x in tensors.items() if not np.isfinite(x).all()]
+    if bad:
+        raise InputError(
+            f"the trained weights of {_some(bad)} have values that are not finite: training "
+            "diverged. Nothing was written; go back to a checkpoint and lower the learning rate."
+        )

@@ -22,20 +22,17 @@ CONFIG_NAME = "adapter_config.json"
 _HANDLED = {
     "peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern",
     "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "bias",
-    "init_lora_weights", "use_dora",
+    "init_lora_weights", "use_dora", "modules_to_save", "trainable_token_indices",
+    "ensure_weight_tying",
 }  # fmt: skip
 # without effect on what a trained adapter computes, unless a field that is refused is set as well
 _HARMLESS = {
     "auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "task_type",
     "peft_version", "megatron_core", "loftq_config", "eva_config", "corda_config",
-    "lora_ga_config", "qalora_group_size", "runtime_config", "ensure_weight_tying",
-    "fan_in_fan_out",
+    "lora_ga_config", "qalora_group_size", "runtime_config", "fan_in_fan_out",
 }  # fmt: skip
 _WHY_REFUSED = {
-    "modules_to_save": "it carries whole trained modules",
-    "bias": "it carries trained biases",
     "lora_bias": "its updates have biases",
-    "trainable_token_indices": "it carries trained token embeddings",
     "target_parameters": "it adapts bare parameters",
     "layer_replication": "it was trained on a model with repeated layers",
 }
@@ -59,6 +56,10 @@ class PeftConfig:
         layers: Layer numbers that are targets, or None for all; needs a list of targets.
         layers_pattern: Names of the list of layers; any name if empty.
         dora: Whether each update has a magnitude for every output row.
+        modules_to_save: Ends of the names of modules that are trained as a whole.
+        bias: Which biases are trained: "none", "all", or "lora_only", those of targets.
+        tokens: Numbers of the rows that are trained, by the end of a module's name.
+        tied: Whether what changes a tied embedding also changes the output head.
     """
 
     rank: int
@@ -72,6 +73,21 @@ class PeftConfig:
     layers: tuple[int, ...] | None = None
     layers_pattern: tuple[str, ...] = ()
     dora: bool = False
+    modules_to_save: tuple[str, ...] = ()
+    bias: str = "none"
+    tokens: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    tied: bool = False
+
+    @property
+    def is_every_linear(self) -> bool:
+        """Whether the targets are "all-linear", which leaves embeddings out."""
+        return isinstance(self.target_modules, str) and self.target_modules.lower() == "all-linear"
+
+    def is_saved(self, module: str) -> bool:
+        """Whether a module is trained as a whole: it, or one that it is in, is named."""
+        parts = module.split(".")
+        inside = (".".join(parts[:n]) for n in range(1, len(parts) + 1))
+        return any(name.endswith(self.modules_to_save) for name in inside)
 
     def rank_of(self, module: str) -> int:
         """The rank of one module's update."""
@@ -90,11 +106,11 @@ class PeftConfig:
             module: Its dotted name, e.g. "model.layers.0.self_attn.q_proj".
             head: Whether it is the output head, which "all-linear" leaves out.
         """
-        if _matches(self.exclude_modules, module):
+        if _matches(self.exclude_modules, module) or self.is_saved(module):
             return False
         names = self.target_modules
         if isinstance(names, str):
-            if names.lower() == "all-linear":
+            if self.is_every_linear:
                 return not head
             return _matches(names, module)
         if module in names or not _matches(names, module):
@@ -158,6 +174,10 @@ def read_config(directory: Path) -> PeftConfig:
         layers=_layers(get("layers_to_transform", (int, list), None)),
         layers_pattern=_as_tuple(names("layers_pattern")),
         dora=get("use_dora", (bool,), False),
+        modules_to_save=_as_tuple(names("modules_to_save")),
+        bias=get("bias", (str,), "none"),
+        tokens=_tokens(get("trainable_token_indices", (list, dict), {}), path),
+        tied=get("ensure_weight_tying", (bool,), False),
     )
     _check_values(fields, path)
     return PeftConfig(**fields)
@@ -171,6 +191,18 @@ def _layers(value: int | list[int] | None) -> tuple[int, ...] | None:
 
 def _as_tuple(value: str | tuple[str, ...]) -> tuple[str, ...]:
     return (value,) if isinstance(value, str) and value else tuple(value)
+
+
+def _tokens(value: list[int] | dict[str, list[int]], path: Path) -> dict[str, tuple[int, ...]]:
+    """A list is of rows of the embedding."""
+    by_module = {"embed_tokens": value} if isinstance(value, list) else value
+    for indices in by_module.values():
+        if not isinstance(indices, list) or not all(type(i) is int and i >= 0 for i in indices):
+            raise InputError(
+                f"{path}: trainable_token_indices is {value!r:.80}, expected token numbers, or a "
+                "list of them for each of some modules."
+            )
+    return {module: tuple(indices) for module, indices in by_module.items() if indices}
 
 
 def _refuse_unhandled(raw: dict[str, Any], path: Path) -> None:
@@ -189,7 +221,7 @@ def _refuse_unhandled(raw: dict[str, Any], path: Path) -> None:
         )
     neutral = (None, False, "none", [], {}, "")
     for key, value in raw.items():
-        if key not in _HANDLED - {"bias"} | _HARMLESS and value not in neutral:
+        if key not in _HANDLED | _HARMLESS and value not in neutral:
             why = _WHY_REFUSED.get(key, "this field is not known to leave the result unchanged")
             raise InputError(
                 f"{path}: {key} is {value!r}: {why}, which is not supported. Merge the adapter "
@@ -199,6 +231,8 @@ def _refuse_unhandled(raw: dict[str, Any], path: Path) -> None:
 
 def _check_values(fields: dict[str, Any], path: Path) -> None:
     targets, excluded = fields["target_modules"], fields["exclude_modules"]
+    if fields["bias"] not in ("none", "all", "lora_only"):
+        raise InputError(f"{path}: bias is {fields['bias']!r}, expected none, all or lora_only.")
     if not targets:
         raise InputError(
             f"{path}: target_modules is missing: expected a list of names, a regular expression or "
@@ -251,7 +285,7 @@ def make_config(
     modules: Iterable[str],
     *,
     dropout: float,
-    dora: bool = False,
+    **settings: Any,
 ) -> PeftConfig:
     """The configuration under which PEFT gives each module its rank and scale.
 
@@ -260,7 +294,7 @@ def make_config(
         scales: Factor of the update by adapted module.
         modules: Names of all linear modules of the model.
         dropout: Dropout of the updates' inputs.
-        dora: Whether the updates have magnitudes.
+        **settings: Other attributes of the configuration.
 
     Returns:
         Targets as short names ("q_proj") if those select just the adapted modules, else in full;
@@ -280,7 +314,7 @@ def make_config(
         rank_pattern=rank_pattern,
         alpha_pattern=alpha_pattern,
         target_modules=short,
-        dora=dora,
+        **settings,
     )
     if {m for m in modules if config.is_target(m)} != set(ranks):
         config = replace(config, target_modules=tuple(sorted(ranks)))
@@ -314,7 +348,8 @@ def config_json(config: PeftConfig, *, base_model: str | None, causal_lm: bool) 
     targets = config.target_modules
     document = {
         "base_model_name_or_path": base_model,
-        "bias": "none",
+        "bias": config.bias,
+        "ensure_weight_tying": config.tied,
         "inference_mode": True,
         "lora_alpha": int(config.alpha) if config.alpha == int(config.alpha) else config.alpha,
         "lora_dropout": config.dropout,
@@ -324,6 +359,8 @@ def config_json(config: PeftConfig, *, base_model: str | None, causal_lm: bool) 
         "alpha_pattern": dict(config.alpha_pattern),
         "target_modules": targets if isinstance(targets, str) else list(targets),
         "task_type": "CAUSAL_LM" if causal_lm else None,
+        "modules_to_save": list(config.modules_to_save) or None,
+        "trainable_token_indices": {m: list(i) for m, i in config.tokens.items()} or None,
         "use_dora": config.dora,
         "use_rslora": config.rslora,
     }

@@ -20,6 +20,7 @@ from .._compat import JaxprEqn, aval_of, bind_eqn, unstack_p
 from ..errors import InputError
 from ..lora.array import LoraArray, lookup, lora_matmul
 from ..lora.dora import row_factors
+from ..lora.tokens import TokenArray, row_scores
 from ..quant import QuantizedArray, quantized_matmul
 from ..quant.matmul import accumulator
 from ..typing import Array
@@ -100,7 +101,8 @@ def _dot_general(eqn: JaxprEqn, values: list[Any]) -> list[Any] | None:
     side = 0 if isinstance(values[0], Weight) else 1  # which operand is the weight
     weight, x = values[side], values[1 - side]
     contracts, batches = eqn.params["dimension_numbers"]
-    leaf, view = weight.leaf, weight.view
+    view = weight.view
+    leaf: Any = weight.leaf
     plan = match_matmul(leaf.layout, view, batches[side], contracts[side])
     if plan is None:
         return None
@@ -135,7 +137,10 @@ def _dot_general(eqn: JaxprEqn, values: list[Any]) -> list[Any] | None:
         order = ws + xs if side == 0 else xs + ws
         return jnp.transpose(y, [place[d] for d in batch] + order)
 
-    base, pair = (leaf.base, leaf.pair) if isinstance(leaf, LoraArray) else (leaf, None)
+    if isinstance(leaf, TokenArray) and (lead or plan.transpose or len(plan.free) != 1):
+        return None
+    base: Any = leaf.base if isinstance(leaf, LoraArray | TokenArray) else leaf
+    pair, key = (leaf.pair, leaf.dropout_key) if isinstance(leaf, LoraArray) else (None, None)
     factors = None if pair is None or pair.magnitude is None else row_factors(base, pair)
     if factors is not None and plan.transpose:  # rows are contracted: their factors go to x
         operand = _scaled(operand, factors[..., None, :])
@@ -150,8 +155,16 @@ def _dot_general(eqn: JaxprEqn, values: list[Any]) -> list[Any] | None:
         dense = [x, x]
         dense[side], dense[1 - side] = view.apply(base), x
         y = bind_eqn(eqn, dense)[0]
+    if isinstance(leaf, TokenArray):
+        scores = row_scores(leaf.tokens, operand, aval.dtype)
+        scores = scores.reshape(*(x.shape[d] for d in x_free), -1)
+        places = jnp.asarray(leaf.tokens.indices, jnp.int32)
+        if side == 0:  # the vocabulary comes first
+            y = y.at[places].set(jnp.moveaxis(scores, -1, 0))
+        else:
+            y = y.at[..., places].set(scores)
     if pair is not None:
-        y = y + restore(lora_matmul(operand, pair, dropout_key=leaf.dropout_key, **multiply))
+        y = y + restore(lora_matmul(operand, pair, dropout_key=key, **multiply))
     if factors is not None and not plan.transpose:
         factors = jnp.broadcast_to(factors[..., None, :], (*lead, m, leaf.layout.rows))
         y = _scaled(y, restore(factors))
@@ -222,6 +235,8 @@ def _stop_gradient(eqn: JaxprEqn, values: list[Any]) -> list[Any]:
     leaf = weight.leaf
     if isinstance(leaf, LoraArray):  # a quantized kernel has no gradient to stop
         leaf = dataclasses.replace(leaf, pair=jax.tree.map(lax.stop_gradient, leaf.pair))
+    if isinstance(leaf, TokenArray):
+        leaf = dataclasses.replace(leaf, tokens=jax.tree.map(lax.stop_gradient, leaf.tokens))
     return [Weight(leaf, weight.view, weight.path)]
 
 

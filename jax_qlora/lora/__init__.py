@@ -6,6 +6,8 @@ from .adapter import attach as attach
 from .adapter import init_adapter as init_adapter
 from .adapter import merge as merge
 from .adapter import quantize as quantize
+from .adapter import train_tokens as train_tokens
+from .adapter import train_whole as train_whole
 from .adapter import unmerge as unmerge
 from .array import LoraArray as LoraArray
 from .combine import combine_adapters as combine_adapters
@@ -22,3 +24,5 @@ from .stack import stack_adapters as stack_adapters
 from .summary import summary as summary
 from .targets import Target as Target
 from .targets import Targets as Targets
+from .tokens import TokenArray as TokenArray
+from .tokens import TokenRows as TokenRows

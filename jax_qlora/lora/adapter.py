@@ -3,21 +3,24 @@
 
 import math
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ..errors import InputError
 from ..quant import QuantizedArray, quantize_array
 from ..tree import flatten_paths, map_with_path
 from ..typing import Key, PyTree
-from .array import LoraArray, is_special, materialize
+from .array import LoraArray, frozen_rows, is_special, materialize
 from .pair import LoraPair
 from .targets import Target, Targets, matches_pattern, module_names, pick_by_pattern
+from .tokens import TokenArray, TokenRows
 
-Adapter = dict[str, LoraPair]
+Adapter = dict[str, Any]
+"""Path -> LoraPair; or TokenRows, or an array that takes the place of the base's."""
 
 
 def quantize(
@@ -151,7 +154,8 @@ def attach(base: PyTree, adapter: Mapping[str, Any], *, dropout_key: Any = None)
 
     Args:
         base: Frozen parameters; leaves may be arrays or QuantizedArray.
-        adapter: Path -> LoraPair.
+        adapter: Path -> LoraPair; or TokenRows, whose rows replace some of the weight's; or an
+            array that replaces the weight, for whole modules and biases that train.
         dropout_key: Random key for dropout in this step; None turns dropout off.
 
     Raises:
@@ -164,23 +168,27 @@ def attach(base: PyTree, adapter: Mapping[str, Any], *, dropout_key: Any = None)
         pair = adapter.get(path)
         if pair is None:
             return leaf
-        if isinstance(leaf, LoraArray):
+        if isinstance(leaf, LoraArray | TokenArray):
             raise InputError(
                 f"'{path}' has an adapter attached already: expected a frozen base. "
                 "Attach to the base, or merge the first adapter."
             )
-        shape = (*pair.lead, *pair.layout.shape)
+        shape = _kernel_shape(pair)
         if tuple(leaf.shape) != shape:
             raise InputError(
                 f"the adapter's update of '{path}' is for a kernel of shape {shape}, found "
                 f"{tuple(leaf.shape)}. The adapter was made for another model or layout."
             )
+        if not isinstance(pair, LoraPair | TokenRows):
+            return jnp.asarray(pair).astype(leaf.dtype)
         if isinstance(leaf, QuantizedArray) and leaf.layout != pair.layout:
             raise InputError(
                 f"'{path}' is quantized along other axes than its update contracts: expected "
                 f"{pair.layout}, found {leaf.layout}. Quantize with the targets that the adapter "
                 "was made for: quantize(params, targets)."
             )
+        if isinstance(pair, TokenRows):
+            return TokenArray(base=leaf, tokens=pair)
         keys = None
         if dropout_key is not None and pair.dropout > 0:
             path_key = jax.random.fold_in(dropout_key, zlib.crc32(path.encode()))
@@ -222,7 +230,7 @@ def unmerge(params: PyTree, adapter: Mapping[str, Any], *, dtype: Any = None) ->
 
     Raises:
         InputError: as `attach`; a kernel is quantized, from which nothing can be subtracted; or
-            the adapter is a DoRA adapter.
+            the adapter is a DoRA adapter, or replaces weights.
     """
     _check_adapter(adapter)
     _check_paths(adapter, params)
@@ -235,6 +243,11 @@ def unmerge(params: PyTree, adapter: Mapping[str, Any], *, dtype: Any = None) ->
                 f"'{path}' is {leaf!r}: expected a dense kernel to subtract the update from. "
                 "Keep the base, or unmerge before quantizing."
             )
+        if not isinstance(adapter[path], LoraPair):
+            raise InputError(
+                f"'{path}' was replaced by a trained weight: expected an adapter of updates alone "
+                "to take out again. Keep the base, and attach."
+            )
         if adapter[path].magnitude is not None:
             raise InputError(
                 f"'{path}' was merged with DoRA, which replaced the length of each row: expected "
@@ -246,10 +259,56 @@ def unmerge(params: PyTree, adapter: Mapping[str, Any], *, dtype: Any = None) ->
     return map_with_path(one, params, is_leaf=is_special)
 
 
+def train_whole(params: PyTree, paths: Iterable[str]) -> Adapter:
+    """Weights that train as a whole beside the updates: PEFT's `modules_to_save` and `bias`.
+
+    Args:
+        params: Frozen parameters; a quantized weight is decoded.
+        paths: Which; each becomes a float32 copy.
+
+    Raises:
+        InputError: a path is not in `params`.
+    """
+    paths = tuple(paths)
+    _check_paths(dict.fromkeys(paths), params)
+    leaves = flatten_paths(params, is_leaf=is_special)
+    return {path: materialize(leaves[path], jnp.float32) for path in paths}
+
+
+def train_tokens(params: PyTree, target: Target, indices: Sequence[int]) -> TokenRows:
+    """Rows of an embedding or head that train, for new tokens; all others stay frozen.
+
+    Args:
+        params: Frozen parameters.
+        target: The weight, from `find_targets`; a tied one is trained in both its uses.
+        indices: Row numbers, each once.
+
+    Raises:
+        InputError: the weight is not in `params`, is stacked, or has no such rows.
+    """
+    _check_paths({target.path: None}, params)
+    rows = target.layout.rows
+    if target.lead or len(set(indices)) != len(indices) or not all(0 <= i < rows for i in indices):
+        raise InputError(
+            f"rows {list(indices)[:8]} of '{target.path}' {target.shape}: expected distinct "
+            f"numbers in [0, {rows}) of a weight that is not stacked in layers."
+        )
+    leaf = flatten_paths(params, is_leaf=is_special)[target.path]
+    found = frozen_rows(leaf, target.layout, jnp.asarray(indices, jnp.int32), jnp.float32)
+    return TokenRows(rows=found, indices=tuple(map(int, indices)), layout=target.layout)
+
+
+def _kernel_shape(entry: Any) -> tuple[int, ...]:
+    if isinstance(entry, LoraPair):
+        return (*entry.lead, *entry.layout.shape)
+    return entry.layout.shape if isinstance(entry, TokenRows) else tuple(entry.shape)
+
+
 def _check_adapter(adapter: Any) -> None:
     bad = adapter
     if isinstance(adapter, Mapping):
-        wrong = [path for path, pair in adapter.items() if not isinstance(pair, LoraPair)]
+        kinds = LoraPair | TokenRows | jax.Array | np.ndarray
+        wrong = [path for path, entry in adapter.items() if not isinstance(entry, kinds)]
         if not wrong:
             return
         bad = f"{type(adapter[wrong[0]]).__name__} at '{wrong[0]}'"

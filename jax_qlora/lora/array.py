@@ -17,6 +17,7 @@ from ..tree import pytree
 from ..typing import Array, Float
 from .dora import row_factors
 from .pair import LoraPair
+from .tokens import TokenArray, replace_rows
 
 
 @pytree()
@@ -78,14 +79,14 @@ class LoraArray:
 
 def is_special(x: Any) -> bool:
     """Whether `x` stands for a dense array without being one."""
-    return isinstance(x, QuantizedArray | LoraArray)
+    return isinstance(x, QuantizedArray | LoraArray | TokenArray)
 
 
 def materialize(x: Any, dtype: Any = None) -> Array:
     """The dense array that `x` stands for; sums of base and update are taken in float32.
 
     Args:
-        x: Array, QuantizedArray or LoraArray.
+        x: Array, QuantizedArray, LoraArray or TokenArray.
         dtype: dtype of the result, `x.dtype` by default.
     """
     dtype = dtype or x.dtype
@@ -95,6 +96,10 @@ def materialize(x: Any, dtype: Any = None) -> Array:
             factors = row_factors(x.base, x.pair)
             total = x.layout.from_rows(x.layout.to_rows(total) * factors[..., None])
         return total.astype(dtype)
+    if isinstance(x, TokenArray):
+        rows = x.layout.to_rows(materialize(x.base, dtype))
+        places = jnp.asarray(x.tokens.indices, jnp.int32)
+        return x.layout.from_rows(rows.at[places].set(x.tokens.rows.astype(dtype)))
     if isinstance(x, QuantizedArray):
         return dequantize(x, dtype)
     return jnp.asarray(x).astype(dtype)
@@ -199,7 +204,8 @@ def lookup(leaf: Any, indices: Array, dtype: Any) -> Array:
     """Rows of a kernel, `leaf.rows[indices]`, decoding only those rows.
 
     Args:
-        leaf: Array, QuantizedArray or LoraArray without lead axes, whose rows are the vocabulary.
+        leaf: QuantizedArray, LoraArray or TokenArray without lead axes, whose rows are the
+            vocabulary.
         indices: Row numbers, any shape, in range.
         dtype: dtype of the result.
 
@@ -208,12 +214,12 @@ def lookup(leaf: Any, indices: Array, dtype: Any) -> Array:
     """
     if isinstance(leaf, QuantizedArray):
         return lookup_rows(leaf, indices, dtype)
+    if isinstance(leaf, TokenArray):
+        found = frozen_rows(leaf.base, leaf.layout, indices, dtype)
+        return replace_rows(leaf.tokens, found, indices)
     base, magnitude = leaf.base, leaf.pair.magnitude
     exact = dtype if magnitude is None else jnp.float32
-    if isinstance(base, QuantizedArray):
-        rows = lookup(base, indices, exact)
-    else:
-        rows = leaf.layout.to_rows(base)[indices].astype(exact)
+    rows = frozen_rows(base, leaf.layout, indices, exact)
     update = jnp.matmul(leaf.pair.b[indices], leaf.pair.a) * leaf.pair.scale
     if magnitude is None:
         return rows + update.astype(dtype)
@@ -221,3 +227,10 @@ def lookup(leaf: Any, indices: Array, dtype: Any) -> Array:
     norms = jax.lax.stop_gradient(jnp.linalg.norm(total, axis=-1))
     factors = magnitude[indices] / jnp.where(norms > 0, norms, 1.0)
     return (total * factors[..., None]).astype(dtype)
+
+
+def frozen_rows(base: Any, layout: KernelLayout, indices: Array, dtype: Any) -> Array:
+    """Rows of an array or QuantizedArray, decoding only those."""
+    if isinstance(base, QuantizedArray):
+        return lookup_rows(base, indices, dtype)
+    return layout.to_rows(base)[indices].astype(dtype)

@@ -264,5 +264,7 @@ def add_magnitudes(base: PyTree, adapter: Mapping[str, LoraPair]) -> Adapter:
     norms = jax.jit(row_norms)
     return {
         path: replace(pair, magnitude=norms(leaves[path].base, pair))
+        if isinstance(pair, LoraPair)
+        else pair
         for path, pair in adapter.items()
     }

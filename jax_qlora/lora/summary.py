@@ -11,6 +11,7 @@ from ..quant import QuantizedArray
 from ..tree import flatten_paths, nbytes
 from .array import LoraArray
 from .pair import LoraPair
+from .tokens import TokenArray
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -31,7 +32,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _is_leaf(x: Any) -> bool:
-    return isinstance(x, QuantizedArray | LoraArray | LoraPair)
+    return isinstance(x, QuantizedArray | LoraArray | LoraPair | TokenArray)
 
 
 def _storage(leaf: Any) -> tuple[str, str]:
@@ -51,7 +52,7 @@ def summary(tree: Any, adapter: Any = None) -> str:
         adapter: Optionally the adapter that trains over `tree`.
 
     Returns:
-        The table as text. Only the update of an adapted kernel trains.
+        The table as text. Only the update of an adapted kernel trains, or what replaces a weight.
     """
     adapter = dict(adapter or {})
     rows, total, trainable, held = [], 0, 0, 0
@@ -59,7 +60,8 @@ def summary(tree: Any, adapter: Any = None) -> str:
         if not (_is_leaf(leaf) or hasattr(leaf, "dtype")):
             continue  # a number or function that a module holds
         pair = leaf.pair if isinstance(leaf, LoraArray) else adapter.get(path)
-        base = leaf.base if isinstance(leaf, LoraArray) else leaf
+        pair = leaf.tokens if isinstance(leaf, TokenArray) else pair
+        base = leaf.base if isinstance(leaf, LoraArray | TokenArray) else leaf
         if isinstance(base, LoraPair):
             base, pair = None, base
         shape, storage, bits = "", "", ""
@@ -70,7 +72,7 @@ def summary(tree: Any, adapter: Any = None) -> str:
             held += nbytes(base)
         rank, params = "", 0
         if pair is not None:
-            rank = str(pair.rank)
+            rank = str(pair.rank) if isinstance(pair, LoraPair) else ""
             params = sum(x.size for x in jax.tree.leaves(pair))
             held += nbytes(pair)
         trainable += params
