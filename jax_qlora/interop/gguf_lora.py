@@ -28,7 +28,7 @@ _F32 = GGMLQuantizationType.F32
 
 def save_gguf_lora(
     file: str | Path,
-    adapter: Mapping[str, LoraPair],
+    adapter: Mapping[str, Any],
     config: DecoderConfig,
     *,
     name: str | None = None,
@@ -55,11 +55,12 @@ def save_gguf_lora(
         InputError: The adapter is of another model, is no plain LoRA, or changes nothing; a value
             is not finite; or the file is in use.
     """
+    for path, pair in adapter.items():
+        _check(path, pair, config)
     alphas = [pair.scale * pair.rank for pair in adapter.values()]
     planned: dict[str, GGUFPlan] = {}
     updates = 0
     for path, pair in adapter.items():
-        _check(path, pair, config)
         a, b = (np.asarray(x, np.float32) for x in (pair.a, pair.b))
         factor = np.float32(pair.scale * pair.rank / alphas[0])
         for layer, weight in enumerate(tensor_names(path, config)):
@@ -91,9 +92,9 @@ def _same(x: np.ndarray) -> np.ndarray:
     return x
 
 
-def _check(path: str, pair: LoraPair, config: DecoderConfig) -> None:
+def _check(path: str, pair: Any, config: DecoderConfig) -> None:
     shapes = parameter_shapes(config)
-    if pair.magnitude is not None:
+    if not isinstance(pair, LoraPair) or pair.magnitude is not None:
         raise InputError(
             f"The adapter's update of '{path}' is no plain LoRA, which is all that GGUF adapters "
             "can say. Merge it and write the model (--format gguf)."

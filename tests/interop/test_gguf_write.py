@@ -202,6 +202,8 @@ def test_updates_that_cannot_be_written(tmp_path: Path, llama: Any):
     dora = dataclasses.replace(adapter[path], magnitude=jnp.ones((3, 64)))
     with pytest.raises(InputError, match="is no plain LoRA"):
         save_gguf_lora(tmp_path / "a.gguf", {path: dora}, config)
+    with pytest.raises(InputError, match="is no plain LoRA"):  # a weight that trained whole
+        save_gguf_lora(tmp_path / "a.gguf", {"lm_head/kernel": jnp.ones((32, 96))}, config)
     assert list(tmp_path.iterdir()) == []
 
 
