@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from .errors import InputError
+from .lora.inits import PLAIN_INITS, check_init
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,13 @@ class LoraConfig:
     """Probability of dropping an input of A while training."""
     rslora: bool = False
     """Scale by alpha / sqrt(rank) instead, so that high ranks do not fade."""
+    init: str = "default"
+    """Start of the adapter: "default", "gaussian", "pissa", "pissa_niter_N" (faster, N = 4 is
+    common), "olora" or "loftq". The last four take a part out of the weights they read, and the
+    adapter is written for the original weights, with twice the rank."""
+    dora: bool = False
+    """DoRA: the update turns each output row of a weight, and its length trains apart. Slower: the
+    rows of each weight are summed anew in every step."""
     targets: str | tuple[str, ...] = "all-linear"
     """Weights to adapt: "all-linear" (every linear but the head), name suffixes, or one regex."""
     rank_pattern: dict[str, Count] = field(default_factory=dict)
@@ -259,6 +267,11 @@ def check_config(config: Config, *, where: str = "settings") -> None:
             f'{where}: quant.streamed: expected method = "qlora", whose 4-bit weights are '
             f'streamed, found method = "{config.method}". Leave quant.streamed out.'
         )
+    if config.method != "full" and config.lora.init not in PLAIN_INITS:
+        try:
+            check_init(config.lora.init, quantized=config.method == "qlora")
+        except InputError as error:
+            raise InputError(f"{where}: lora.init: {error}") from error
     if config.optim.warmup_steps >= config.train.steps:
         raise InputError(
             f"{where}: optim.warmup_steps: expected fewer than train.steps = {config.train.steps}, "

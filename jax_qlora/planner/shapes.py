@@ -16,7 +16,8 @@ from ..models import DecoderConfig, Model, abstract_params, decoder_functions
 from ..optim import Paging
 from ..quant import QuantizedArray, quantize_array
 from ..quant.streaming import fetch
-from ..train.recipe import find_decoder_targets, make_adapter, make_optimizer
+from ..train.recipe import find_decoder_targets, make_optimizer
+from ..train.start import make_adapter
 from ..train.step import Step, init_state, make_step
 from ..tree import map_with_path
 from ..typing import PyTree
@@ -120,7 +121,7 @@ def abstract_run(
             frozen = _with_tables(frozen, config)
         if quant.streamed:
             frozen = jax.tree.map(_streamed, frozen, is_leaf=_is_quantized)
-        trainable = jax.eval_shape(lambda: make_adapter(config, targets))
+        trainable = jax.eval_shape(lambda base: make_adapter(config, targets, base), frozen)
     optimizer, _ = make_optimizer(config.optim, config.train.steps)
     step = make_step(model, optimizer, config, width=seq - 1, half=half, paging=paging)
     state = jax.eval_shape(lambda t: init_state(t, optimizer, half=half), trainable)

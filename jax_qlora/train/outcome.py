@@ -14,6 +14,7 @@ import numpy as np
 
 from ..config import Config, to_toml
 from ..data.metrics import archaic_share, chrf
+from ..lora import relative_to_start
 from ..models import Model
 from ..report import Display, Record, draw_losses, write_json, write_page, write_text
 from ..typing import PyTree
@@ -26,6 +27,7 @@ def finish(
     config: Config,
     model: Model,
     trainable: PyTree,
+    start: PyTree | None,
     records: Sequence[Record],
     answers: Answers,
     about: Mapping[str, Any],
@@ -37,6 +39,7 @@ def finish(
         config: Settings of the run.
         model: What was trained.
         trainable: The adapter, or all weights.
+        start: The adapter before the first step if it was taken out of the weights, or None.
         records: The metrics.
         answers: Before and after.
         about: What else `run.json` is to hold.
@@ -46,7 +49,7 @@ def finish(
         The figures, as in `run.json`.
     """
     run = Path(config.output)
-    exported = _export(config, model, trainable, run)
+    exported = _export(config, model, trainable, start, run)
     rows = [
         {"prompt": p.shown, "reference": p.reference, "base": before, "tuned": after}
         for p, before, after in zip(answers.prompts, answers.before, answers.after, strict=True)
@@ -74,7 +77,9 @@ def finish(
     return figures
 
 
-def _export(config: Config, model: Model, trainable: PyTree, run: Path) -> Path:
+def _export(
+    config: Config, model: Model, trainable: PyTree, start: PyTree | None, run: Path
+) -> Path:
     if config.method == "full":
         from ..interop.hf_write import save_hf
 
@@ -88,7 +93,8 @@ def _export(config: Config, model: Model, trainable: PyTree, run: Path) -> Path:
         return written.path
     from ..interop.peft import save_adapter
 
-    save_adapter(run / "adapter", trainable, model, base_model=config.model)
+    adapter = trainable if start is None else relative_to_start(trainable, start)
+    save_adapter(run / "adapter", adapter, model, base_model=config.model)
     return run / "adapter"
 
 

@@ -26,7 +26,8 @@ from ..errors import InputError
 from ..evaluate import Batch, answer_loss, assemble, held_out_batches, held_out_loss
 from ..interop.load import load_model, training_compute_dtype
 from ..lift import find_targets, lift
-from ..lora import Adapter, Targets, init_adapter, summary
+from ..lora import Targets, summary
+from ..lora.inits import PLAIN_INITS
 from ..models import DecoderConfig, Model, abstract_params, decoder_functions
 from ..optim import adamw, make_paging, make_schedule
 from ..report import Display, Metrics, write_text
@@ -35,6 +36,7 @@ from ..typing import Array, PyTree
 from .answers import Answers, held_out_prompts, system_prompt
 from .examples import load_data, read_description
 from .outcome import finish
+from .start import load_start
 from .step import CompiledSteps, TrainState, check_finite, init_state, make_step
 from .stop import interrupts, stop_requests
 
@@ -91,6 +93,9 @@ def train(config: Config, *, console: Console | None = None) -> Result:
 
         # What trains, and what is frozen.
         model, trainable, frozen = load(config, targets, show)
+        # The start is written off the adapter in the end, where it came out of the weights.
+        from_weights = frozen is not None and config.lora.init not in PLAIN_INITS
+        start = jax.device_get(trainable) if from_weights else None
         rows = config.train.batch_size * config.train.accumulate
         show.print(
             f"{len(data.train):,} examples to learn, {len(data.held_out)} held out; "
@@ -206,7 +211,9 @@ def train(config: Config, *, console: Console | None = None) -> Result:
             "system_prompt": system_prompt(data),
             "compute_dtype": jnp.dtype(model.compute_dtype).name,
         }
-        figures = finish(config, model, state.trainable, metrics.records, answers, about, show)
+        figures = finish(
+            config, model, state.trainable, start, metrics.records, answers, about, show
+        )
         return Result(step=total, interrupted=0, figures=figures)
 
 
@@ -248,21 +255,6 @@ def find_decoder_targets(decoder: DecoderConfig, config: Config) -> Targets:
     )
 
 
-def make_adapter(config: Config, targets: Targets) -> Adapter:
-    """Return the fresh adapter that `config` describes."""
-    lora = config.lora
-    return init_adapter(
-        jax.random.key(config.seed),
-        targets,
-        rank=lora.rank,
-        alpha=lora.alpha,
-        dropout=lora.dropout,
-        rslora=lora.rslora,
-        rank_pattern=lora.rank_pattern,
-        alpha_pattern=lora.alpha_pattern,
-    )
-
-
 def load(
     config: Config, targets: Targets | None, show: Display
 ) -> tuple[Model, PyTree, PyTree | None]:
@@ -277,22 +269,18 @@ def load(
         InputError: The model cannot be read.
     """
     dtype = config.train.compute_dtype
-    model = load_model(
-        config.model,
-        quantization=config.quant.format if config.method == "qlora" else None,
-        block_size=config.quant.block_size,
-        double_quant=config.quant.double_quant,
-        embeddings=config.quant.embeddings,
+    options: dict[str, Any] = dict(
         compute_dtype=training_compute_dtype() if dtype == "auto" else dtype,
         remat=config.train.remat,
         layer_chunk=config.train.layer_chunk,
         streamed=config.quant.streamed,
     )
     if targets is None:
+        model = load_model(config.model, quantization=None, **options)
         show.print(summary(model.params))
         params = jax.tree.map(lambda x: x.astype(jnp.float32), model.params)
         return dataclasses.replace(model, params=None), params, None
-    adapter = make_adapter(config, targets)
+    model, adapter = load_start(config, targets, **options)
     show.print(summary(model.params, adapter))
     return model, adapter, model.params
 

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs that start from the weights: what is trained, what is written, and reading it back."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jax_qlora as jq
+from jax_qlora import checkpoint
+from jax_qlora.cli.loading import Source, complete, load
+from jax_qlora.config import from_table
+from jax_qlora.errors import InputError
+from jax_qlora.interop.peft import load_adapter
+from jax_qlora.interop.peft_config import read_config
+from jax_qlora.train import train
+from jax_qlora.train.outcome import _export
+from jax_qlora.train.recipe import find_decoder_targets
+from jax_qlora.train.start import load_start
+
+from .helpers import GOLDEN, assert_trees_close, normal
+
+LLAMA = GOLDEN / "models" / "llama"
+TOKENS = jnp.array([[5, 7, 11, 13]])
+
+
+def settings(output: Path, method: str, **lora: Any) -> Any:
+    table = {
+        "method": method,
+        "model": str(LLAMA),
+        "output": str(output),
+        "lora": {"rank": 4, "alpha": 8, **lora},
+        "data": {"source": str(GOLDEN / "shout.jsonl"), "max_length": 64},
+        "optim": {"warmup_steps": 0},
+        "train": {"steps": 1, "batch_size": 2, "compute_dtype": "float32"},
+        "eval": {"examples": 1, "answers": 0},
+    }
+    return from_table(table)
+
+
+@pytest.mark.parametrize("init", ["olora", "pissa_niter_4"])
+def test_on_a_dense_base_the_written_adapter_is_the_trained_model(tmp_path, init):
+    config = settings(tmp_path, "lora", init=init)
+    original = jq.load_model(LLAMA, quantization=None)
+    targets = find_decoder_targets(original.config, config)
+    model, start = load_start(config, targets)
+    trained = jax.tree.map(lambda x: x + 0.02 * normal(x.shape, x.size), start)
+    want = model.apply(jq.attach(model.params, trained), TOKENS)
+    fresh = model.apply(jq.attach(model.params, start), TOKENS)
+    np.testing.assert_allclose(fresh, original.apply(original.params, TOKENS), atol=1e-4)
+    written = _export(config, model, trained, start, tmp_path)
+    plain = load_adapter(written, original)
+    got = original.apply(jq.attach(original.params, plain), TOKENS)
+    np.testing.assert_allclose(got, want, atol=1e-4)
+    assert float(jnp.abs(want - fresh).max()) > 0.01
+
+
+def test_a_run_from_what_quantization_lost(tmp_path):
+    """LoftQ and DoRA together, through the trainer, and back through the command line."""
+    config = settings(tmp_path / "run", "qlora", init="loftq", dora=True)
+    with jax.numpy_dtype_promotion("standard"):  # as optax needs
+        train(config)
+    peft = read_config(tmp_path / "run" / "adapter")
+    assert (peft.rank, peft.dora) == (8, True)
+    model, adapter = load(*complete(Source(run=str(tmp_path / "run"))))
+    assert adapter is not None
+    path = tmp_path / "run" / "checkpoints" / "step-000001"
+    described = json.loads((path / "meta" / "metadata").read_text())["arrays"]
+    arrays = checkpoint._read(path.absolute(), described)
+    trained = {
+        path: dataclasses.replace(
+            pair, **{f: arrays[f"trainable/{path}/{f}"] for f in ("a", "b", "magnitude")}
+        )
+        for path, pair in adapter.items()
+    }
+    assert_trees_close(adapter, trained, atol=1e-6)
+    again, _ = load_start(config, find_decoder_targets(model.config, config))
+    assert_trees_close(model.params, again.params)
+    plain = jq.load_model(LLAMA)  # another base: what LoftQ quantizes is not the weights alone
+    differ = [
+        not np.array_equal(x, y)
+        for x, y in zip(jax.tree.leaves(plain.params), jax.tree.leaves(again.params), strict=True)
+    ]
+    assert any(differ)
+
+
+@pytest.mark.parametrize(
+    ("lora", "method", "message"),
+    [
+        ({"init": "loftq"}, "lora", "lora.init: init 'loftq' makes up for what quantization loses"),
+        ({"init": "pissa_niter"}, "qlora", "lora.init: init 'pissa_niter': expected 'pissa'"),
+    ],
+)
+def test_impossible_starts(tmp_path, lora, method, message):
+    with pytest.raises(InputError, match=message):
+        settings(tmp_path, method, **lora)
