@@ -6,13 +6,15 @@ at once. The constants of `_temporaries` were fitted to the compiler's plans; te
 """
 
 import dataclasses
+import functools
 import math
 
 from ..config import Config
 from ..lora import Target, Targets
 from ..lora.targets import pick_by_pattern
-from ..models import DecoderConfig
-from ..models.decoder import MLP_TOKENS
+from ..models import DecoderConfig, abstract_params
+from ..models.layer import MLP_TOKENS
+from ..tree import flatten_paths
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -92,15 +94,15 @@ def estimate(decoder: DecoderConfig, config: Config, targets: Targets | None, *,
     )
 
 
+@functools.cache
 def _weights(decoder: DecoderConfig) -> int:
-    d, q, kv = decoder.d_model, decoder.n_heads * decoder.head_dim, _kv(decoder)
-    layer = 2 * d * q + 2 * d * kv + 3 * d * decoder.d_ff
-    tables = decoder.vocab_size * d * (1 if decoder.tied else 2)
-    return decoder.n_layers * layer + tables + _norms(decoder)
+    return sum(x.size for x in flatten_paths(abstract_params(decoder)).values())
 
 
+@functools.cache
 def _norms(decoder: DecoderConfig) -> int:
-    return (2 * decoder.n_layers + 1) * decoder.d_model
+    leaves = flatten_paths(abstract_params(decoder))
+    return sum(x.size for path, x in leaves.items() if path.endswith("/scale"))
 
 
 def _kv(decoder: DecoderConfig) -> int:

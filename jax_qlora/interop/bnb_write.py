@@ -29,7 +29,7 @@ from ..quant.blockwise import GROUP_SIZE, quantize_absmax, quantize_blockwise
 from ..quant.codebook import CODEBOOKS, DYNAMIC_MAP
 from ..typing import Array, PyTree
 from .bnb import BLOCK_SIZES, STATE
-from .hf import tensor_names, tensor_shape
+from .hf import is_linear, tensor_indices, tensor_names, tensor_shape
 from .hf_config import config_to_hf
 from .hf_write import (
     MAX_SHARD_BYTES,
@@ -96,11 +96,12 @@ def save_bnb(
             continue
         kind = np.dtype(jnp.dtype(dtype or leaf.dtype))
         shape = tensor_shape(path, config)
-        for layer, name in enumerate(tensor_names(path, config)):
+        names = zip(tensor_indices(path, config), tensor_names(path, config), strict=True)
+        for index, name in names:
             if isinstance(leaf, QuantizedArray):
-                make = partial(_kept, leaf, layer, encoding, name)
+                make = partial(_kept, leaf, index, encoding, name)
             else:
-                make = partial(_encoded_layer, leaf, layer, encoding, name)
+                make = partial(_encoded_layer, leaf, index, encoding, name)
             planned |= plan_bnb(name, shape, make, latest, encoding=encoding, dtype=kind)
     named = str(jnp.dtype(dtype or checked_leaves(params, config)["embed_tokens/embedding"].dtype))
     content = config_to_hf(config, dtype=named)
@@ -117,11 +118,6 @@ def save_bnb(
         overwrite=overwrite,
         progress=progress,
     )
-
-
-def is_linear(path: str) -> bool:
-    """Return whether a parameter is a linear of a layer, which is what is quantized."""
-    return path.startswith("layers/") and path.endswith("/kernel")
 
 
 def check_encoding(encoding: Encoding) -> None:
@@ -300,14 +296,14 @@ def _encode(flat: Array, format: str, block_size: int) -> tuple[Array, Array, Ar
 _encode_absmax = jax.jit(quantize_absmax)
 
 
-def _encoded_layer(leaf: Any, layer: int, encoding: Encoding, name: str) -> Parts:
-    rows = dense_tensor(leaf, layer, True, np.dtype(np.float32), name)
+def _encoded_layer(leaf: Any, index: tuple[int, ...], encoding: Encoding, name: str) -> Parts:
+    rows = dense_tensor(leaf, index, True, np.dtype(np.float32), name)
     return encode_rows(lambda a, b: rows[a:b], rows.shape, encoding, where=f"'{name}'")
 
 
-def _kept(leaf: QuantizedArray, layer: int, encoding: Encoding, name: str) -> Parts:
+def _kept(leaf: QuantizedArray, index: tuple[int, ...], encoding: Encoding, name: str) -> Parts:
     """A kernel that is in 4 bits, its codes as they are."""
-    q = jax.tree.map(lambda x: np.asarray(x[layer]), leaf)
+    q = jax.tree.map(lambda x: np.asarray(x[index]), leaf)
     # blocks that straddled rows were split, and their constants repeated: undo that
     repeats = q.group_size // GROUP_SIZE
     absmax = q.absmax.reshape(-1)

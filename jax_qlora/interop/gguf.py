@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""GGUF files of the llama architecture: configuration and tensors, under Hugging Face's names.
+"""GGUF files: configuration and tensors, under Hugging Face's names.
 
-The `gguf` package decodes the tensors. In such files the rows of the query and key projections are
-permuted, so that rotary pairs are neighbors; they are put back in order here.
+The `gguf` package decodes the tensors. Where the rows of the query and key projections are
+permuted, so that rotary pairs are neighbors, they are put back in order here.
 
 References:
     `convert_hf_to_gguf.py` of https://github.com/ggml-org/llama.cpp, class `LlamaModel`.
@@ -12,7 +12,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -21,39 +20,14 @@ from gguf.quants import dequantize
 
 from ..errors import InputError
 from ..models import DecoderConfig, RopeScaling
-from ..models.config import validate_config
 from ..models.rope import rope_frequencies, scale_frequencies
+from .gguf_config import ARCHITECTURES, TOP_NAMES, Architecture, config_from_gguf
 from .gguf_metadata import GGUFEntry, read_gguf_header
 
 _PLAIN = {
     GGMLQuantizationType.F32: np.dtype(np.float32),
     GGMLQuantizationType.F16: np.dtype(np.float16),
     GGMLQuantizationType.BF16: np.dtype(jnp.bfloat16),
-}
-LAYER_NAMES = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-TOP_NAMES = {
-    "token_embd.weight": "model.embed_tokens.weight",
-    "output_norm.weight": "model.norm.weight",
-    "output.weight": "lm_head.weight",
-}
-# Keys after "llama." that would change the numbers, and the values at which they do not.
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "expert_count": (0,),
-    "expert_used_count": (0,),
-    "attention.causal": (True,),
-    "attention.sliding_window": (0,),
-    "tensor_data_layout": ("Meta AI original pth",),
-    "rope.scaling.finetuned": (False, True),
 }
 # Llama 3 files hold no parameters of the scaling, only its result: these are the published ones.
 _LLAMA3_SCALINGS = (
@@ -70,11 +44,13 @@ class GGUFTensor:
         entry: Where it is.
         file: The file.
         heads: Heads whose rotary pairs are to be put back in order; 0 for none.
+        offset: What is subtracted from its values.
     """
 
     entry: GGUFEntry
     file: Path
     heads: int = 0
+    offset: float = 0.0
 
     @property
     def name(self) -> str:
@@ -109,7 +85,8 @@ class GGUFTensor:
         """
         if len(self.shape) == 1:  # one row: it is decoded whole
             (row,) = self._rows(0, 1)
-            return self._reorder(row)[start:stop]
+            row = self._reorder(row)[start:stop]
+            return row - row.dtype.type(self.offset) if self.offset else row
         start, stop, _ = slice(start, stop).indices(self.shape[0])
         if not self.heads:
             return self._rows(start, stop)
@@ -144,7 +121,7 @@ def read_gguf(file: str | Path) -> tuple[DecoderConfig, dict[str, GGUFTensor]]:
     """Read what a GGUF file holds: no tensor is read yet.
 
     Args:
-        file: A .gguf file of the llama architecture.
+        file: A .gguf file.
 
     Returns:
         The configuration, and the tensors by the names they have in a Hugging Face checkpoint.
@@ -180,114 +157,34 @@ def read_gguf(file: str | Path) -> tuple[DecoderConfig, dict[str, GGUFTensor]]:
     if factors is not None:
         tensor = GGUFTensor(entry=factors, file=file)
         config = replace(config, rope_scaling=_recognize(tensor, config))
-    return config, _rename(entries, config, file)
-
-
-def config_from_gguf(
-    metadata: Mapping[str, Any], entries: Mapping[str, GGUFEntry], *, where: str = "GGUF metadata"
-) -> DecoderConfig:
-    """Translate the metadata of a GGUF file.
-
-    Args:
-        metadata: Key to value.
-        entries: The file's tensors: whether the head is tied, and which biases there are, is told
-            by their presence.
-        where: What to call the file in messages.
-
-    Raises:
-        InputError: Another architecture; a key that is missing, unknown or has a value that is not
-            implemented.
-    """
-    architecture = metadata.get("general.architecture")
-    if architecture != "llama":
-        raise InputError(
-            f"{where}: the architecture is {architecture!r}, which is not implemented; expected "
-            "'llama'."
-        )
-    prefix = "llama."
-    rest = {k.removeprefix(prefix): v for k, v in metadata.items() if k.startswith(prefix)}
-
-    def take(key: str, *default: Any) -> Any:
-        value = rest.pop(key, *default) if default or key in rest else None
-        if value is None and not default:
-            raise InputError(f"{where}: the key '{prefix}{key}' is missing.")
-        if isinstance(value, list):
-            raise InputError(
-                f"{where}: '{prefix}{key}' differs between layers ({value[:4]}...), which is not "
-                "implemented; expected one number."
-            )
-        return value
-
-    d_model, n_heads = take("embedding_length"), take("attention.head_count")
-    head_dim = take("attention.key_length", d_model // n_heads)
-    if take("attention.value_length", head_dim) != head_dim:
-        raise InputError(f"{where}: values and keys have different widths, not implemented.")
-    if take("rope.dimension_count", head_dim) != head_dim:
-        raise InputError(f"{where}: only a part of each head is rotated, which is not implemented.")
-    scaling = None
-    kind, factor = take("rope.scaling.type", "none"), take("rope.scaling.factor", 1.0)
-    take("rope.scaling.original_context_length", None)
-    if kind == "linear":
-        scaling = RopeScaling(kind="linear", factor=factor)
-    elif kind != "none":
-        raise InputError(f"{where}: rope scaling of type '{kind}' is not implemented.")
-    vocab = entries["token_embd.weight"].shape[0] if "token_embd.weight" in entries else 0
-
-    def token(name: str) -> int | None:
-        return metadata.get(f"tokenizer.ggml.{name}_token_id")
-
-    ends = dict.fromkeys(t for t in (token("eos"), token("eot")) if t is not None)
-    config = DecoderConfig(
-        vocab_size=take("vocab_size", vocab),
-        d_model=d_model,
-        d_ff=take("feed_forward_length"),
-        n_layers=take("block_count"),
-        n_heads=n_heads,
-        n_kv_heads=take("attention.head_count_kv", n_heads),
-        head_dim=head_dim,
-        max_length=take("context_length"),
-        norm_eps=round(take("attention.layer_norm_rms_epsilon"), 12),  # stored as float32
-        rope_theta=take("rope.freq_base", 10_000.0),
-        rope_scaling=scaling,
-        tied="output.weight" not in entries,
-        qkv_bias="blk.0.attn_q.bias" in entries,
-        out_bias="blk.0.attn_output.bias" in entries,
-        mlp_bias="blk.0.ffn_up.bias" in entries,
-        bos_token_id=token("bos"),
-        eos_token_ids=tuple(ends),
-        pad_token_id=token("padding"),
-    )
-    for key, value in rest.items():
-        if value not in _NEUTRAL.get(key, ()):
-            raise InputError(
-                f"{where}: '{prefix}{key}' is {value!r}, which is not implemented and may change "
-                "what the model computes."
-            )
-    try:
-        return validate_config(config)
-    except InputError as error:
-        raise InputError(f"{where}: {error}") from error
+    known = ARCHITECTURES[metadata["general.architecture"]]
+    return config, _rename(entries, known, config, file)
 
 
 def _rename(
-    entries: Mapping[str, GGUFEntry], config: DecoderConfig, file: Path
+    entries: Mapping[str, GGUFEntry], known: Architecture, config: DecoderConfig, file: Path
 ) -> dict[str, GGUFTensor]:
-    heads = {"attn_q": config.n_heads, "attn_k": config.n_kv_heads}
+    heads = {"attn_q": config.n_heads, "attn_k": config.n_kv_heads} if known.permuted else {}
     tensors = {}
     for entry in entries.values():
         block, _, rest = entry.name.removeprefix("blk.").partition(".")
         module, _, kind = rest.rpartition(".")
         if entry.name in TOP_NAMES:
             name = TOP_NAMES[entry.name]
-        elif entry.name.startswith("blk.") and module in LAYER_NAMES:
-            name = f"model.layers.{block}.{LAYER_NAMES[module]}.{kind}"
+        elif entry.name.startswith("blk.") and module in known.names:
+            name = f"model.layers.{block}.{known.names[module]}.{kind}"
         else:
             raise InputError(
-                f"'{file}': tensor '{entry.name}' is not one of a llama model; expected names such "
-                "as 'blk.0.attn_q.weight'."
+                f"'{file}': tensor '{entry.name}' is not one of a {config.family} model; expected "
+                "names such as 'blk.0.attn_q.weight'."
             )
-        permuted = heads.get(module, 0)
-        tensors[name] = GGUFTensor(entry=entry, file=file, heads=permuted)
+        norm = name.endswith("norm.weight")
+        tensors[name] = GGUFTensor(
+            entry=entry,
+            file=file,
+            heads=heads.get(module, 0),
+            offset=known.norm_offset if norm else 0.0,
+        )
     return tensors
 
 

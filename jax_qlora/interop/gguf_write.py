@@ -22,10 +22,10 @@ from ..errors import InputError
 from ..models import DecoderConfig
 from ..models.rope import rope_frequencies, scale_frequencies
 from ..typing import PyTree
-from .gguf import LAYER_NAMES, TOP_NAMES, config_from_gguf
+from .gguf_config import LAYER_NAMES, TOP_NAMES, config_from_gguf
 from .gguf_metadata import GGUFEntry, read_gguf_header
 from .gguf_tokenizer import tokenizer_to_gguf
-from .hf import tensor_names, tensor_shape
+from .hf import tensor_indices, tensor_names, tensor_shape
 from .hf_write import Progress, SavedModel, checked_leaves, count_updates, dense_tensor
 from .output import new_file
 
@@ -273,8 +273,8 @@ def _plan(params: PyTree, config: DecoderConfig, kind: str) -> dict[str, GGUFPla
             own = _Q8_0
         if shape[-1] % GGML_QUANT_SIZES[own][0]:
             own = _F16
-        for layer, name in enumerate(tensor_names(path, config)):
-            index = layer if path.startswith("layers/") else None
+        names = zip(tensor_indices(path, config), tensor_names(path, config), strict=True)
+        for index, name in names:
             make = partial(
                 _encoded, leaf, index, path.endswith("/kernel"), own, heads_of(name, config), name
             )
@@ -288,10 +288,15 @@ def _plan(params: PyTree, config: DecoderConfig, kind: str) -> dict[str, GGUFPla
 
 
 def _encoded(
-    leaf: Any, layer: int | None, transpose: bool, kind: GGMLQuantizationType, heads: int, name: str
+    leaf: Any,
+    index: tuple[int, ...],
+    transpose: bool,
+    kind: GGMLQuantizationType,
+    heads: int,
+    name: str,
 ) -> np.ndarray:
     dtype = np.dtype(np.float16 if kind == _F16 else np.float32)
-    rows = permute(dense_tensor(leaf, layer, transpose, dtype, name), heads)
+    rows = permute(dense_tensor(leaf, index, transpose, dtype, name), heads)
     if kind in (_F32, _F16):
         return rows
     step = max(1, _CHUNK // rows.shape[1])

@@ -17,7 +17,7 @@ from ..lora.array import LoraArray, is_special, materialize
 from ..models import DecoderConfig
 from ..tree import flatten_paths
 from ..typing import PyTree
-from .hf import parameter_shapes, tensor_names, tensor_shape
+from .hf import parameter_shapes, tensor_indices, tensor_names, tensor_shape
 from .hf_config import config_to_hf
 from .model_card import Origin, model_card
 from .output import new_directory
@@ -208,20 +208,20 @@ def plan_dense(
     """
     kind = np.dtype(jnp.dtype(dtype or leaf.dtype))
     shape = tensor_shape(path, config)
-    for layer, name in enumerate(tensor_names(path, config)):
-        index = layer if path.startswith("layers/") else None
+    names = zip(tensor_indices(path, config), tensor_names(path, config), strict=True)
+    for index, name in names:
         make = partial(dense_tensor, leaf, index, path.endswith("/kernel"), kind, name)
         yield name, PlannedTensor(dtype=kind, shape=shape, make=make)
 
 
 def dense_tensor(
-    leaf: Any, layer: int | None, transpose: bool, dtype: np.dtype, name: str
+    leaf: Any, index: tuple[int, ...], transpose: bool, dtype: np.dtype, name: str
 ) -> np.ndarray:
     """Return one tensor: a layer of a stacked parameter, or a whole one.
 
     Args:
         leaf: Array, QuantizedArray or LoraArray.
-        layer: Index in the stack, or None.
+        index: Where in the stack: layer, and expert; empty for a whole parameter.
         transpose: Whether it is a kernel `[in, out]`, written `[out, in]`.
         dtype: Its dtype; updates are folded in before, in float32.
         name: What to call it in messages.
@@ -229,7 +229,7 @@ def dense_tensor(
     Raises:
         InputError: A value is not finite in `dtype`.
     """
-    part = leaf if layer is None else jax.tree.map(lambda x: x[layer], leaf)
+    part = jax.tree.map(lambda x: x[index], leaf) if index else leaf
     with np.errstate(over="ignore"):  # reported below, by name
         dense = np.asarray(_dense(part, dtype) if is_special(part) else part).astype(dtype)
     if not np.all(np.isfinite(dense)):

@@ -23,7 +23,7 @@ from ..quant.streaming import streaming_memory
 from ..tree import map_with_path
 from ..typing import Array, PyTree
 from .bnb import bnb_parts, read_bnb
-from .hf import parameter_shapes, tensor_names, tensor_shape
+from .hf import is_linear, n_lead, parameter_shapes, tensor_names, tensor_shape
 from .safetensors import aligned_bytes
 
 _CHUNK = 1 << 19  # elements read and encoded at a time: their temporaries stay small
@@ -142,14 +142,19 @@ class _Source(NamedTuple):
                 "Load with quantization=None, which makes all of them dense."
             )
         if self.encoding is not None and all(pre):
-            stacked = self.read_bnb(path, names)
-            return stacked if path.startswith("layers/") else _first(stacked)
-        layers = path.startswith("layers/")
-        if self.encoding is not None and layers and path.endswith("/kernel"):
+            stacked, lead = self.read_bnb(path, names), self.lead(path)
+            if len(lead) == 1:
+                return stacked
+            return jax.tree.map(lambda x: x.reshape(*lead, *x.shape[1:]), stacked)
+        if self.encoding is not None and is_linear(path):
             return self.encode(path, names, self.encoding, self.host)
         if self.encoding is not None and self.encoding.embeddings and path in EMBEDDINGS:
-            return _first(self.encode(path, names, self.encoding, None))
+            return self.encode(path, names, self.encoding, None)
         return self.dense(path, names)
+
+    def lead(self, path: str) -> tuple[int, ...]:
+        """Sizes of a parameter's layer and expert axes."""
+        return parameter_shapes(self.config)[path][: n_lead(path)]
 
     def stored_dtype(self, path: str, name: str) -> np.dtype:
         own = self.tensors["model.embed_tokens.weight" if self.is_bnb(name) else name].dtype
@@ -170,7 +175,7 @@ class _Source(NamedTuple):
         dtype = self.stored_dtype(path, names[0])
         shape = parameter_shapes(self.config)[path]
         out = _aligned(shape, dtype)
-        stack = out if path.startswith("layers/") else out[None]
+        stack = out.reshape(len(names), *shape[n_lead(path) :])
         for name, layer in zip(names, stack, strict=True):
             rows = layer.T if path.endswith("/kernel") else layer
             if self.is_bnb(name):
@@ -189,7 +194,7 @@ class _Source(NamedTuple):
     ) -> QuantizedArray:
         """The tensors in 4 bits, stacked, in host memory or, without it, on the device."""
         format, block_size, double_quant, _ = encoding
-        (rows, cols), n = tensor_shape(path, self.config), len(names)
+        (rows, cols), n, lead = tensor_shape(path, self.config), len(names), self.lead(path)
         blocks = -(-cols // block_size)
         codes = _aligned((n, rows, blocks * block_size // 2), np.uint8)
         constants = _aligned((n, rows, blocks), np.uint8 if double_quant else np.float32)
@@ -210,11 +215,14 @@ class _Source(NamedTuple):
             else:
                 constants[layer] = absmax
         kernel = path.endswith("/kernel")
-        second = [jnp.stack(x) for x in (scales, offsets)] if double_quant else [None, None]
+        second = [None, None]
+        if double_quant:
+            stacks = (jnp.stack(scales), jnp.stack(offsets))
+            second = [x.reshape(*lead, *x.shape[1:]) for x in stacks]
         scale, offset = jax.device_put(second, host)
         return QuantizedArray.from_parts(
-            codes=jax.device_put(codes, host),
-            absmax=jax.device_put(constants, host),
+            codes=jax.device_put(codes.reshape(*lead, *codes.shape[1:]), host),
+            absmax=jax.device_put(constants.reshape(*lead, *constants.shape[1:]), host),
             absmax_scale=scale,
             absmax_offset=offset,
             kernel_shape=(cols, rows) if kernel else (rows, cols),

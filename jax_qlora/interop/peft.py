@@ -29,7 +29,7 @@ from ..models import Model
 from ..quant.layout import KernelLayout
 from ..tree import flatten_paths
 from .adapter_files import WEIGHTS_NAME, read_tensors, write_adapter
-from .hf import tensor_names
+from .hf import tensor_indices, tensor_names
 from .peft_config import PeftConfig, config_json, make_config, read_config
 from .peft_whole import PREFIX, Whole, read_whole, whole_tensors, write_whole
 
@@ -65,7 +65,7 @@ class _Slot:
     """A linear module of the model: where its update lies in an adapter."""
 
     path: str
-    layer: int | None  # index in the stack, or None for the whole leaf
+    layer: tuple[int, ...] | None  # layer and expert in the stack, or None for the whole leaf
     lead: tuple[int, ...]
     layout: KernelLayout
     head: bool
@@ -178,7 +178,7 @@ def load_adapter(path: str | os.PathLike[str], model: Model | Targets) -> Adapte
     tensors = _without_copies(path, config, tensors, model)
     _check_fit(path, config, tensors, slots, targets, whole)
     beside = read_whole(whole, tensors, model) if isinstance(model, Model) else {}
-    stacks: dict[str, dict[int | None, str]] = {}
+    stacks: dict[str, dict[tuple[int, ...] | None, str]] = {}
     for module in targets:
         stacks.setdefault(slots[module].path, {})[slots[module].layer] = module
     adapter: Adapter = {
@@ -228,11 +228,11 @@ def _slots(model: Model | Targets) -> dict[str, _Slot]:
         if kind != "kernel":
             continue
         layout = KernelLayout(shape=shape[-2:], in_axes=(-2,))
-        stacked = path.startswith("layers/")
-        for layer, name in enumerate(tensor_names(path, model.config)):
+        names = tensor_names(path, model.config)
+        for index, name in zip(tensor_indices(path, model.config), names, strict=True):
             slots[name.removesuffix(".weight")] = _Slot(
                 path=path,
-                layer=layer if stacked else None,
+                layer=index or None,
                 lead=shape[:-2],
                 layout=layout,
                 head=module == "lm_head",
@@ -291,7 +291,7 @@ def _unstack(
 def _stack(
     config: PeftConfig,
     tensors: Mapping[str, np.ndarray],
-    modules: Mapping[int | None, str],
+    modules: Mapping[tuple[int, ...] | None, str],
     slot: _Slot,
 ) -> LoraPair:
     """The update of one leaf: its layers padded to the largest rank, under one scale."""
@@ -301,7 +301,7 @@ def _stack(
     a = np.zeros((*slot.lead, rank, slot.layout.cols), np.float32)
     b = np.zeros((*slot.lead, slot.layout.rows, rank), np.float32)
     for layer, module in modules.items():
-        index = () if layer is None else (layer,)
+        index = layer or ()
         own_a, own_b = (tensors[_key(module, slot, f)] for f in "ab")
         if slot.embedding:
             own_a, own_b = own_a.T, own_b.T

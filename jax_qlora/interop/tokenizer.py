@@ -9,14 +9,17 @@ from typing import Any
 
 from ..errors import InputError
 from .gguf_metadata import read_gguf_metadata
+from .sentencepiece import sentencepiece_bpe
 
 # Values of `tokenizer.ggml.pre` that are read: the rule that splits text into words.
 _GPT2, _DIGITS, _LLAMA3 = ("gpt-2", "default"), ("smollm",), ("llama-bpe",)
+_QWEN2 = ("qwen2",)
 SPLITS = ("gpt-2", *_DIGITS, *_LLAMA3)  # one name for each rule
 _LLAMA3_WORDS = (  # llama.cpp, src/llama-vocab.cpp
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+_QWEN2_WORDS = _LLAMA3_WORDS.replace(r"\p{N}{1,3}", r"\p{N}")  # ibid.
 _CONTROL, _USER_DEFINED = 3, 4  # kinds in `tokenizer.ggml.token_type`
 
 
@@ -43,7 +46,7 @@ def load_tokenizer(path: str | Path) -> Any:
 
 
 def tokenizer_from_gguf(metadata: Mapping[str, Any], *, where: str = "GGUF metadata") -> Any:
-    """Return the byte-level BPE tokenizer that GGUF metadata describes.
+    """Return the tokenizer that GGUF metadata describes: a BPE of bytes, or of SentencePiece.
 
     Args:
         metadata: what `read_gguf_metadata` returns.
@@ -53,36 +56,47 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any], *, where: str = "GGUF metad
         A `transformers.PreTrainedTokenizerFast`.
 
     Raises:
-        InputError: the tokenizer is not a byte-level BPE with a known splitting rule, or keys are
-            missing.
+        InputError: the tokenizer is of another kind, splits text by a rule that is not known, or
+            keys are missing.
     """
-    from tokenizers import AddedToken, Tokenizer, decoders, models, processors
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 
     def get(key: str, default: Any = None) -> Any:
         return metadata.get(f"tokenizer.ggml.{key}", default)
 
-    kind, split, known = get("model"), get("pre", "default"), _GPT2 + _DIGITS + _LLAMA3
-    if kind != "gpt2" or split not in known:
+    kind, split = get("model"), get("pre", "default")
+    known = _GPT2 + _DIGITS + _LLAMA3 + _QWEN2
+    pieces = kind == "llama"  # of SentencePiece
+    if not pieces and (kind != "gpt2" or split not in known):
         raise InputError(
             f"{where}: tokenizer.ggml.model '{kind}' with tokenizer.ggml.pre '{split}' is not "
-            f"read: expected 'gpt2' with one of {', '.join(known)}. Use the model's Hugging Face "
-            "directory, which has a tokenizer.json."
+            f"read: expected 'llama', or 'gpt2' with one of {', '.join(known)}. Use the model's "
+            "Hugging Face directory, which has a tokenizer.json."
         )
-    tokens, merges, kinds = get("tokens"), get("merges"), get("token_type")
+    ranks = "scores" if pieces else "merges"
+    tokens, merges, kinds = get("tokens"), get(ranks), get("token_type")
     if not tokens or merges is None or len(kinds or tokens) != len(tokens):
         raise InputError(
-            f"{where}: expected tokenizer.ggml.tokens and .merges, and one .token_type a token. "
+            f"{where}: expected tokenizer.ggml.tokens and .{ranks}, and one .token_type a token. "
             "The file holds no complete tokenizer; use the model's Hugging Face directory."
         )
-    tokenizer: Any = Tokenizer(
-        models.BPE(
-            vocab={token: i for i, token in enumerate(tokens)},
-            merges=[_pair(merge) for merge in merges],
-            ignore_merges=split in _LLAMA3,
+    tokenizer: Any
+    if pieces:
+        tokenizer = sentencepiece_bpe(
+            tokens, merges, kinds or [], space_prefix=get("add_space_prefix", True)
         )
-    )
-    tokenizer.pre_tokenizer = splitter(split)
-    tokenizer.decoder = decoders.ByteLevel()
+    else:
+        tokenizer = Tokenizer(
+            models.BPE(
+                vocab={token: i for i, token in enumerate(tokens)},
+                merges=[_pair(merge) for merge in merges],
+                ignore_merges=split in _LLAMA3,
+            )
+        )
+        if split in _QWEN2:
+            tokenizer.normalizer = normalizers.NFC()
+        tokenizer.pre_tokenizer = splitter(split)
+        tokenizer.decoder = decoders.ByteLevel()
     special = {
         name: tokens[get(key)]
         for name, key in {
@@ -98,7 +112,7 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any], *, where: str = "GGUF metad
             tokenizer.add_special_tokens([AddedToken(token, normalized=False)])
         elif token_kind == _USER_DEFINED:
             tokenizer.add_tokens([AddedToken(token, normalized=False)])
-    if get("add_bos_token", split in _LLAMA3) and "bos_token" in special:
+    if get("add_bos_token", pieces or split in _LLAMA3) and "bos_token" in special:
         bos = special["bos_token"]
         tokenizer.post_processor = processors.TemplateProcessing(
             single=f"{bos} $A", pair=f"{bos} $A $B", special_tokens=[(bos, tokens.index(bos))]
@@ -162,13 +176,15 @@ def splitter(split: str) -> Any:
     """
     from tokenizers import Regex, pre_tokenizers
 
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split not in _LLAMA3)
+    own_words = split in _GPT2 + _DIGITS
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=own_words)
     if split in _GPT2:
         return byte_level
     if split in _DIGITS:
         first = pre_tokenizers.Digits(individual_digits=True)
     else:
-        first = pre_tokenizers.Split(Regex(_LLAMA3_WORDS), "isolated")
+        words = _QWEN2_WORDS if split in _QWEN2 else _LLAMA3_WORDS
+        first = pre_tokenizers.Split(Regex(words), "isolated")
     return pre_tokenizers.Sequence([first, byte_level])
 
 

@@ -97,6 +97,7 @@ class Dataflow:
     def __init__(self) -> None:
         self.uses: dict[str, Use] = {}
         self.consumed: set[str] = set()  # kernels whose results another kernel multiplies
+        self.routers: set[str] = set()  # kernels whose results choose, by top_k
 
     def run(self, jaxpr: Any, facts: Sequence[Fact]) -> list[Fact]:
         """The facts of a jaxpr's outputs, from those of its inputs; records uses on the way."""
@@ -122,6 +123,8 @@ class Dataflow:
             return [_either(facts) for facts in zip(*branches, strict=True)]
         if eqn.primitive is lax.optimization_barrier_p:
             return ins
+        if eqn.primitive is lax.top_k_p and isinstance(ins[0], Activation):
+            self.routers |= ins[0].kernels
         if isinstance(ins[0] if ins else None, Param):
             out = _rearranged(eqn, ins[0])
             if out is not None:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """find_targets: which parameters a function multiplies by, read from its jaxpr."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -33,8 +34,8 @@ def find_targets(
         apply: The model, `apply(params, *args, **kwargs)`.
         params: Its parameters: arrays or shapes (`jax.eval_shape`), or a quantized base.
         *args: Example inputs, arrays or shapes.
-        match: "all-linear" (all matmul kernels but the output head), a list of names or name
-            suffixes, or a regular expression; see `select_targets`.
+        match: "all-linear" (all matmul kernels but the output head and routers), a list of names or
+            suffixes of names, or a regular expression; see `select_targets`.
         **kwargs: Passed to `apply`.
 
     Returns:
@@ -80,7 +81,8 @@ def find_targets(
     outs = flow.run(jaxpr, facts)
     heads = flow.heads(outs, {path: x.shape for path, x in leaves.items() if path in flow.uses})
     found = [_target(path, leaves[path], use, path in heads) for path, use in flow.uses.items()]
-    found = sorted((t for t in found if t is not None), key=lambda t: paths.index(t.path))
+    found = [dataclasses.replace(t, router=t.path in flow.routers) for t in found if t is not None]
+    found = sorted(found, key=lambda t: paths.index(t.path))
     return select_targets(found, match)
 
 

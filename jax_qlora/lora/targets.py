@@ -24,6 +24,7 @@ class Target:
         layout: Which trailing axes are contracted.
         kind: "linear", "embedding" (looked up; a tied one is also multiplied) or "conv".
         head: Whether it produces the model's vocabulary logits.
+        router: Whether its results choose, by `top_k`, among experts.
     """
 
     path: str
@@ -32,6 +33,7 @@ class Target:
     layout: KernelLayout
     kind: str = "linear"
     head: bool = False
+    router: bool = False
 
     @property
     def lead(self) -> tuple[int, ...]:
@@ -88,7 +90,7 @@ def _shape(shape: tuple[int, ...]) -> str:
 
 
 def _use(target: Target) -> str:
-    return target.kind + " (head)" * target.head
+    return target.kind + " (head)" * target.head + " (router)" * target.router
 
 
 def module_names(path: str) -> tuple[str, str]:
@@ -123,16 +125,16 @@ def select_targets(found: Iterable[Target], match: Match) -> Targets:
 
     Args:
         found: All kernels.
-        match: "all-linear" (every matmul kernel but the output head), a list of names each of which
-            is a module name or a suffix of one, or a regular expression that matches whole names.
-            Names are dotted or slashed paths, with or without the last part ("kernel").
+        match: "all-linear" (every matmul kernel but the output head and routers), a list of names
+            each of which is a module name or a suffix of one, or a regular expression that matches
+            whole names. Names are dotted or slashed paths, with or without the last part.
 
     Raises:
         InputError: a name or pattern matches no kernel (the nearest names are listed).
     """
     found = tuple(found)
     if match == "all-linear":
-        selected = [t for t in found if t.kind == "linear" and not t.head]
+        selected = [t for t in found if t.kind == "linear" and not (t.head or t.router)]
         if not selected:
             raise _no_match("all-linear", found, "the model multiplies by no kernel of its tree")
     elif isinstance(match, str):

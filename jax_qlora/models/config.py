@@ -32,7 +32,7 @@ class RopeScaling:
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
-    """A Llama-style decoder: RMSNorm, rotary positions, grouped-query attention, SwiGLU.
+    """A pre-norm decoder: by default RMSNorm, rotary positions, grouped-query attention, SwiGLU.
 
     Everything that changes the numbers is a field here, and nothing else is: two models with equal
     configurations compute the same function of their parameters.
@@ -53,6 +53,23 @@ class DecoderConfig:
         qkv_bias: Whether the query, key and value projections have a bias.
         out_bias: Whether the attention's output projection has a bias.
         mlp_bias: Whether the linears of the MLP have a bias.
+        qk_norm: Whether each head's queries and keys are normalized before they are rotated.
+        fused: Whether queries, keys and values are one linear, and gate and up another.
+        sliding_window: How many tokens back a local layer sees, the token itself included; None:
+            every layer sees all.
+        local_layers: Which layers are local, one boolean a layer; empty: all, if there is a window.
+        local_rope_theta: Base of the rotary frequencies of local layers, which are not stretched;
+            None: as the others.
+        query_pre_attn_scalar: Scores are divided by its square root; None: `head_dim`.
+        attention_softcap: Bound of the scores, `cap * tanh(score / cap)`; None: unbounded.
+        logit_softcap: Bound of the logits, likewise.
+        activation: Of the MLP: SiLU, or GELU in its tanh form.
+        norm_offset: Whether a norm multiplies by one plus its weight.
+        post_norms: Whether attention and MLP are also normalized on their way out.
+        embed_scale: Whether embeddings are multiplied by the square root of `d_model`.
+        n_experts: Gated MLPs of a layer, of which each token uses a few; 0: one MLP, used by all.
+        experts_per_token: How many.
+        normalize_routing: Whether the weights of a token's experts are made to sum to one.
         family: The architecture, as the `model_type` of `transformers` names it.
         bos_token_id: Start-of-text token, if any.
         eos_token_ids: Tokens that end a text; may be empty.
@@ -74,10 +91,31 @@ class DecoderConfig:
     qkv_bias: bool = False
     out_bias: bool = False
     mlp_bias: bool = False
+    qk_norm: bool = False
+    fused: bool = False
+    sliding_window: int | None = None
+    local_layers: tuple[bool, ...] = ()
+    local_rope_theta: float | None = None
+    query_pre_attn_scalar: float | None = None
+    attention_softcap: float | None = None
+    logit_softcap: float | None = None
+    activation: Literal["silu", "gelu_tanh"] = "silu"
+    norm_offset: bool = False
+    post_norms: bool = False
+    embed_scale: bool = False
+    n_experts: int = 0
+    experts_per_token: int = 0
+    normalize_routing: bool = True
     family: str = "llama"
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     pad_token_id: int | None = None
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """How many tokens back each layer sees; None: all."""
+        local = self.local_layers or (True,) * self.n_layers
+        return tuple(self.sliding_window if is_local else None for is_local in local)
 
 
 def validate_config(config: DecoderConfig) -> DecoderConfig:
@@ -105,16 +143,32 @@ def validate_config(config: DecoderConfig) -> DecoderConfig:
             f"Model configuration: n_heads ({config.n_heads}) is not a multiple of n_kv_heads "
             f"({config.n_kv_heads}); every key/value head serves the same number of query heads."
         )
+    if config.n_experts and not 1 <= config.experts_per_token <= config.n_experts:
+        raise InputError(
+            f"Model configuration: experts_per_token is {config.experts_per_token}; expected 1 to "
+            f"n_experts ({config.n_experts})."
+        )
     if config.head_dim % 2:
         raise InputError(
             f"Model configuration: head_dim is {config.head_dim}; rotary positions need it even."
         )
-    for name in ("norm_eps", "rope_theta"):
+    positive = (
+        "norm_eps", "rope_theta", "local_rope_theta", "sliding_window", "query_pre_attn_scalar",
+        "attention_softcap", "logit_softcap",
+    )  # fmt: skip
+    for name in positive:
         value = getattr(config, name)
-        if not (value > 0 and math.isfinite(value)):
+        if value is not None and not (value > 0 and math.isfinite(value)):
             raise InputError(
                 f"Model configuration: {name} is {value}; it must be positive and finite."
             )
+    if config.local_layers and len(config.local_layers) != config.n_layers:
+        raise InputError(
+            f"Model configuration: local_layers has {len(config.local_layers)} entries; expected "
+            f"one for each of the {config.n_layers} layers, or none."
+        )
+    if config.local_layers and config.sliding_window is None:
+        raise InputError("Model configuration: local_layers need a sliding_window; it is None.")
     scaling = config.rope_scaling
     if scaling is not None and not (scaling.factor >= 1 and math.isfinite(scaling.factor)):
         raise InputError(

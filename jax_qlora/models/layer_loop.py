@@ -23,6 +23,8 @@ from jax import lax
 
 from ..typing import Array, Float, PyTree
 from . import blockwise_attention as blockwise
+from .per_layer import PerLayer
+from .rope import Angles
 from .trained import Trained, add, cast_like, find_trained, instantiate, values_of, zeros_of
 
 
@@ -34,13 +36,17 @@ class LayerFunctions:
         keys_values: `(params, x, angles) -> (k, v)`, each `[batch, n_kv_heads, seq, head_dim]`.
         queries: `(params, x, angles) -> q`, `[batch, seq, n_heads, head_dim]`.
         finish: `(params, x, attended) -> y`, the layer's output.
+        queries_keys_values: All three at once: a fused projection is one matmul then.
         scale: Factor of the attention scores.
+        softcap: Bound of the scores, or None.
     """
 
     keys_values: Callable[..., tuple[Array, Array]]
     queries: Callable[..., Array]
+    queries_keys_values: Callable[..., tuple[Array, Array, Array]]
     finish: Callable[..., Array]
     scale: float
+    softcap: float | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,13 +72,22 @@ class Context(NamedTuple):
 
     Attributes:
         angles: Cosines and sines of the rotations.
+        local_angles: Those of local layers, if they are others.
         valid: Bool: which tokens are not padding.
         segment_ids: int: the document of each token, or None.
     """
 
-    angles: tuple[Array, Array]
+    angles: Angles
+    local_angles: Angles | None
     valid: Array
     segment_ids: Array | None
+
+
+class _LayerContext(NamedTuple):
+    """What one layer takes of it: rotations that are its own, and its window, if it has one."""
+
+    tokens: Context
+    window: Array | None
 
 
 Params = Callable[[Array], PyTree]
@@ -83,7 +98,11 @@ Rows = Callable[[Array], Array]
 
 
 def run_layers(
-    loop: Loop, layers: PyTree, x: Float[Array, "batch seq d"], context: Context
+    loop: Loop,
+    layers: PyTree,
+    x: Float[Array, "batch seq d"],
+    context: Context,
+    data: PerLayer,
 ) -> Float[Array, "batch seq d"]:
     """Return the residual stream after all layers.
 
@@ -92,6 +111,7 @@ def run_layers(
         layers: Parameters, every leaf with a leading layer axis.
         x: The residual stream before the first layer.
         context: Positions, padding and documents.
+        data: What differs between layers beside their parameters.
 
     Returns:
         The residual stream after the last layer; reverse-mode differentiable in `x` and in those
@@ -104,7 +124,7 @@ def run_layers(
         x, context = jax.tree.map(
             lambda a: jnp.pad(a, [(0, 0), (0, padding)] + [(0, 0)] * (a.ndim - 2)), (x, context)
         )
-    return _run(loop, size, layers, x, context)[:, :seq]
+    return _run(loop, size, layers, x, context, data)[:, :seq]
 
 
 def _chunk_size(seq: int, most: int) -> int:
@@ -117,21 +137,30 @@ def _chunk_size(seq: int, most: int) -> int:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _run(loop: Loop, size: int, layers: PyTree, x: Array, context: Context) -> Array:
-    return _forward(loop, size, layers, x, context, keep=False)[0]
+def _run(
+    loop: Loop, size: int, layers: PyTree, x: Array, context: Context, data: PerLayer
+) -> Array:
+    return _forward(loop, size, layers, x, context, data, keep=False)[0]
 
 
 def _run_fwd(
-    loop: Loop, size: int, layers: PyTree, x: Any, context: Context
+    loop: Loop, size: int, layers: PyTree, x: Any, context: Context, data: PerLayer
 ) -> tuple[Array, tuple]:
     trained = find_trained(layers)
-    layers, x, context = map(values_of, (layers, x, context))
-    y, inputs = _forward(loop, size, layers, x, context, keep=True)
-    return y, (layers, inputs, context, trained)
+    layers, x, context, data = map(values_of, (layers, x, context, data))
+    y, inputs = _forward(loop, size, layers, x, context, data, keep=True)
+    return y, (layers, inputs, context, data, trained)
 
 
 def _forward(
-    loop: Loop, size: int, layers: PyTree, x: Array, context: Context, *, keep: bool
+    loop: Loop,
+    size: int,
+    layers: PyTree,
+    x: Array,
+    context: Context,
+    data: PerLayer,
+    *,
+    keep: bool,
 ) -> tuple[Array, Array | None]:
     """The last residual stream and, with `keep`, the inputs of all layers."""
 
@@ -140,15 +169,16 @@ def _forward(
         kept = None
         if keep:
             kept = jax.device_put(x, jax.memory.Space.Host) if loop.offload else x
+        here = _of_layer(context, data, index)
         if size == x.shape[1]:
-            return _layer(loop.layer, params(jnp.int32(0)), x, context), kept
-        return _layer_in_chunks(loop.layer, size, params, x, context), kept
+            return _layer(loop.layer, params(jnp.int32(0)), x, here), kept
+        return _layer_in_chunks(loop.layer, size, params, x, here), kept
 
     return lax.scan(body, x, _indices(layers))
 
 
 def _run_bwd(loop: Loop, size: int, residuals: tuple, dy: Any) -> tuple:
-    layers, inputs, context, trained = residuals
+    layers, inputs, context, data, trained = residuals
 
     def body(dy: Array, index: Array) -> tuple[Array, list[Array]]:
         params = _params(loop, layers, index)
@@ -159,10 +189,11 @@ def _run_bwd(loop: Loop, size: int, residuals: tuple, dy: Any) -> tuple:
         else:  # never whole
             rows = partial(_part_of_layer, inputs, size, index)
         backward = _layer_backward if size == dy.shape[1] else _layer_in_chunks_backward
-        return backward(loop.layer, size, params, trained, rows, context, dy)
+        here = _of_layer(context, data, index)
+        return backward(loop.layer, size, params, trained, rows, here, dy)
 
     dx, grads = lax.scan(body, instantiate(dy), _indices(layers), reverse=True)
-    return trained.cotangents(grads, layers), dx, None
+    return trained.cotangents(grads, layers), dx, None, None
 
 
 _run.defvjp(_run_fwd, _run_bwd, symbolic_zeros=True)
@@ -170,6 +201,12 @@ _run.defvjp(_run_fwd, _run_bwd, symbolic_zeros=True)
 
 def _indices(layers: PyTree) -> Array:
     return jnp.arange(jax.tree.leaves(layers)[0].shape[0], dtype=jnp.int32)
+
+
+def _of_layer(context: Context, data: PerLayer, index: Array) -> _LayerContext:
+    one = jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, index, keepdims=False), data)
+    angles = one.angles(context.angles, context.local_angles)
+    return _LayerContext(context._replace(angles=angles, local_angles=None), one.window)
 
 
 def _params(loop: Loop, layers: PyTree, index: Array) -> Params:
@@ -197,10 +234,12 @@ def _fold_in(chunk: Array, a: Array) -> Array:
     return jax.random.fold_in(a, chunk) if is_key else a
 
 
-def _layer(layer: LayerFunctions, params: PyTree, x: Array, context: Context) -> Array:
-    q = layer.queries(params, x, context.angles)
-    k, v = layer.keys_values(params, x, context.angles)
-    out = blockwise.blockwise_attention(layer.scale, q, k, v, context.valid, context.segment_ids)
+def _layer(layer: LayerFunctions, params: PyTree, x: Array, context: _LayerContext) -> Array:
+    tokens, limits = context.tokens, {"window": context.window, "softcap": layer.softcap}
+    q, k, v = layer.queries_keys_values(params, x, tokens.angles)
+    out = blockwise.blockwise_attention(
+        layer.scale, q, k, v, tokens.valid, tokens.segment_ids, **limits
+    )
     return layer.finish(params, x, out)
 
 
@@ -210,7 +249,7 @@ def _layer_backward(
     params: Params,
     trained: Trained,
     rows: Rows,
-    context: Context,
+    context: _LayerContext,
     dy: Array,
 ) -> tuple[Array, list[Array]]:
     leaves, put_back = trained.split(params(jnp.int32(0)))
@@ -224,13 +263,17 @@ def _layer_backward(
 
 
 def _layer_in_chunks(
-    layer: LayerFunctions, size: int, params: Params, x: Array, context: Context
+    layer: LayerFunctions, size: int, params: Params, x: Array, context: _LayerContext
 ) -> Array:
     platforms = _platforms(layer, size)
     keys = _all_keys(layer, size, params, partial(_part, x, size), context)
 
     def one(chunk: Array, x: Array) -> Array:
-        mine, rows, tokens = params(chunk), _part(x, size, chunk), _part(context, size, chunk)
+        mine, rows, tokens = (
+            params(chunk),
+            _part(x, size, chunk),
+            _part(context.tokens, size, chunk),
+        )
         q = layer.queries(mine, rows, tokens.angles)
         out, _ = platforms.run(blockwise.attend, chunk * size, q, tokens.segment_ids, keys)
         return _put(x, layer.finish(mine, rows, out), chunk)  # no other chunk reads these rows
@@ -244,7 +287,7 @@ def _layer_in_chunks_backward(
     params: Params,
     trained: Trained,
     rows: Rows,
-    context: Context,
+    context: _LayerContext,
     dy: Array,
 ) -> tuple[Array, list[Array]]:
     platforms = _platforms(layer, size)
@@ -254,7 +297,7 @@ def _layer_in_chunks_backward(
     def one(chunk: Array, state: tuple) -> tuple:
         dy, dk, dv, grads = state
         leaves, put_back = trained.split(params(chunk))
-        x, tokens = rows(chunk), _part(context, size, chunk)
+        x, tokens = rows(chunk), _part(context.tokens, size, chunk)
 
         def queries(leaves: list[Array], x: Array) -> Array:
             return layer.queries(put_back(leaves), x, tokens.angles)
@@ -279,7 +322,7 @@ def _layer_in_chunks_backward(
     def rest_of_keys(chunk: Array, state: tuple) -> tuple:
         dx, grads = state
         leaves, put_back = trained.split(params(chunk))
-        angles = _part(context.angles, size, chunk)
+        angles = _part(context.tokens.angles, size, chunk)
 
         def keys_values(leaves: list[Array], x: Array) -> tuple[Array, Array]:
             return layer.keys_values(put_back(leaves), x, angles)
@@ -294,13 +337,14 @@ def _layer_in_chunks_backward(
 
 
 def _all_keys(
-    layer: LayerFunctions, size: int, params: Params, rows: Rows, context: Context
+    layer: LayerFunctions, size: int, params: Params, rows: Rows, context: _LayerContext
 ) -> blockwise.Keys:
     """Keys and values of the whole sequence, computed a chunk at a time."""
-    seq = context.valid.shape[1]
+    tokens = context.tokens
+    seq = tokens.valid.shape[1]
 
     def part(chunk: Array) -> tuple[Array, Array]:
-        angles = _part(context.angles, size, chunk)
+        angles = _part(context.tokens.angles, size, chunk)
         k, v = layer.keys_values(params(chunk), rows(chunk), angles)
         return k.reshape(-1, *k.shape[2:]), v.reshape(-1, *v.shape[2:])
 
@@ -310,7 +354,7 @@ def _all_keys(
     shapes = jax.eval_shape(part, jnp.int32(0))
     whole = tuple(jnp.zeros((s.shape[0], seq, s.shape[2]), s.dtype) for s in shapes)
     k, v = lax.fori_loop(0, seq // size, one, whole)
-    return blockwise.Keys(k, v, blockwise.Tokens(context.valid, context.segment_ids, None))
+    return blockwise.Keys(k, v, blockwise.Tokens(tokens.valid, tokens.segment_ids, context.window))
 
 
 def _platforms(layer: LayerFunctions, size: int) -> blockwise.Platforms:
@@ -320,7 +364,7 @@ def _platforms(layer: LayerFunctions, size: int) -> blockwise.Platforms:
         return next(b for b in range(min(block, size), 0, -128) if size % b == 0)
 
     def settings(block: tuple[int, int]) -> blockwise.Settings:
-        return blockwise.Settings(layer.scale, None, fit(block[0]), fit(block[1]))
+        return blockwise.Settings(layer.scale, layer.softcap, fit(block[0]), fit(block[1]))
 
     return blockwise.Platforms(settings(blockwise.CPU_BLOCK), settings(blockwise.BLOCK))
 

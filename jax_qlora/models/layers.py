@@ -90,26 +90,28 @@ class RMSNorm(nnx.Module):
     Attributes:
         scale: `[d]`.
         eps: Added to the mean square.
+        offset: What is added to `scale`: 1.0 where it is learned as a deviation from 1 (Gemma).
 
     References:
         Zhang and Sennrich, Root Mean Square Layer Normalization (arXiv 1910.07467).
     """
 
-    def __init__(self, d: int, *, eps: float):
-        self.scale = nnx.Param(jnp.ones((d,)))
+    def __init__(self, d: int, *, eps: float, offset: float = 0.0):
+        self.scale = nnx.Param(jnp.full((d,), 1.0 - offset))
         self.eps = eps
+        self.offset = offset
 
     def __call__(self, x: Float[Array, "*lead d"]) -> Float[Array, "*lead d"]:
         """Normalize `x`; the result has the dtype of `x`."""
-        return _rms_norm(self.eps, x, self.scale[...])
+        return _rms_norm(self.eps, self.offset, x, self.scale[...])
 
 
 @economical
-def _rms_norm(eps: float, x: Array, scale: Array) -> Array:
+def _rms_norm(eps: float, offset: float, x: Array, scale: Array) -> Array:
     wide = x.astype(jnp.float32)
     mean_square = jnp.mean(wide * wide, axis=-1, keepdims=True)
     normed = wide * jax.lax.rsqrt(mean_square + eps)
-    scale = jnp.expand_dims(scale.astype(jnp.float32), range(x.ndim - 1))
+    scale = jnp.expand_dims(scale.astype(jnp.float32) + offset, range(x.ndim - 1))
     return (normed * scale).astype(x.dtype)
 
 
@@ -119,21 +121,35 @@ def swiglu(gate: Float[Array, "rows d_ff"], up: Float[Array, "rows d_ff"]) -> Ar
     return jax.nn.silu(gate) * up
 
 
+@economical
+def geglu(gate: Float[Array, "rows d_ff"], up: Float[Array, "rows d_ff"]) -> Array:
+    """`gelu(gate) * up`, GELU in its tanh form (Shazeer, arXiv 2002.05202)."""
+    return jax.nn.gelu(gate, approximate=True) * up
+
+
+GATED = {"silu": swiglu, "gelu_tanh": geglu}
+"""The gated units by the name of their activation."""
+
+
 class Embed(nnx.Module):
     """A row of the table for each token; also the output head of a model that ties the two.
 
     Attributes:
         embedding: `[vocab, d]`.
         dtype: dtype of the result, and of the operands of `attend`.
+        scale: What a row that is looked up is multiplied by, rounded to `dtype`, as
+            `transformers` does it.
     """
 
-    def __init__(self, vocab: int, d: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
+    def __init__(self, vocab: int, d: int, *, dtype: DTypeLike, rngs: nnx.Rngs, scale: float = 1.0):
         self.embedding = nnx.Param(jax.random.normal(rngs.params(), (vocab, d)) * 0.02)
         self.dtype = dtype
+        self.scale = scale
 
     def __call__(self, tokens: Int[Array, "batch seq"]) -> Float[Array, "batch seq d"]:
         """Look tokens up; one outside the vocabulary gives NaN, not some other token's row."""
-        return jnp.take(self.embedding[...], tokens, axis=0, mode="fill").astype(self.dtype)
+        x = jnp.take(self.embedding[...], tokens, axis=0, mode="fill").astype(self.dtype)
+        return x if self.scale == 1.0 else x * jnp.asarray(self.scale, self.dtype)
 
     def attend(self, x: Float[Array, "rows d"]) -> Float[Array, "rows vocab"]:
         """Score each row against every token: logits in float32."""

@@ -14,9 +14,11 @@ from ..errors import InputError
 from ..typing import Array, Float, Int, Key, PyTree
 from .attention import as_valid, default_positions
 from .config import DecoderConfig, validate_config
-from .decoder import Cache, Decoder, Layer, Remat
+from .decoder import Cache, Decoder, Remat
+from .layer import Layer
 from .layer_loop import Context, LayerFunctions, Loop, run_layers
-from .rope import rope_angles
+from .per_layer import per_layer
+from .rope import all_angles
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,8 +83,9 @@ def decoder_functions(
     def looped(
         loop: Loop, params: PyTree, tokens: Array, positions: Array, valid: Array, segments: Any
     ) -> Array:
-        context = Context(rope_angles(config, positions), valid, segments)
-        return run_layers(loop, params["layers"], embed(params, tokens), context)
+        context = Context(*all_angles(config, positions), valid, segments)
+        x = embed(params, tokens)
+        return run_layers(loop, params["layers"], x, context, per_layer(config))
 
     def hidden(
         params: PyTree,
@@ -172,8 +175,10 @@ def _layer_functions(
     return LayerFunctions(
         keys_values=piece("keys_values"),
         queries=piece("queries"),
+        queries_keys_values=piece("queries_keys_values"),
         finish=piece("finish"),
         scale=abstract.self_attn.scale,
+        softcap=abstract.self_attn.softcap,
     )
 
 

@@ -9,12 +9,16 @@ import numpy as np
 from ..typing import Array, Float, Int
 from .config import DecoderConfig, RopeScaling
 
+Angles = tuple[Array, Array]
+"""Cosines and sines, float32 `[batch, seq, head_dim / 2]`."""
 
-def rope_frequencies(config: DecoderConfig) -> Float[np.ndarray, " half"]:
+
+def rope_frequencies(config: DecoderConfig, *, local: bool = False) -> Float[np.ndarray, " half"]:
     """Return the angular frequency of each pair of a head's features.
 
     Args:
         config: The model; its `head_dim`, `rope_theta` and `rope_scaling` are used.
+        local: For layers that see only a window, if those have a `local_rope_theta`.
 
     Returns:
         Radians per position, highest first, `head_dim / 2` of them, float32.
@@ -22,9 +26,10 @@ def rope_frequencies(config: DecoderConfig) -> Float[np.ndarray, " half"]:
     References:
         Su et al., RoFormer (arXiv 2104.09864), section 3.2.2.
     """
+    own = config.local_rope_theta if local else None
     exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / config.head_dim
-    frequencies = (1.0 / config.rope_theta**exponents).astype(np.float32)
-    if config.rope_scaling is None:
+    frequencies = (1.0 / (own or config.rope_theta) ** exponents).astype(np.float32)
+    if config.rope_scaling is None or own is not None:
         return frequencies
     return scale_frequencies(frequencies, config.rope_scaling)
 
@@ -56,21 +61,33 @@ def scale_frequencies(
 
 
 def rope_angles(
-    config: DecoderConfig, positions: Int[Array, "batch seq"]
+    config: DecoderConfig, positions: Int[Array, "batch seq"], *, local: bool = False
 ) -> tuple[Float[Array, "batch seq half"], Float[Array, "batch seq half"]]:
     """Return the cosines and sines that `rotate` takes, float32.
 
     Args:
         config: The model.
         positions: The position of each token in its document, from 0.
+        local: As in `rope_frequencies`.
     """
-    angles = positions[..., None].astype(jnp.float32) * rope_frequencies(config)[None, None]
+    frequencies = rope_frequencies(config, local=local)[None, None]
+    angles = positions[..., None].astype(jnp.float32) * frequencies
     return jnp.cos(angles), jnp.sin(angles)
+
+
+def all_angles(
+    config: DecoderConfig, positions: Int[Array, "batch seq"]
+) -> tuple[Angles, Angles | None]:
+    """Return `rope_angles` of global layers, and those of local ones if they are others."""
+    angles = rope_angles(config, positions)
+    if config.local_rope_theta is None:
+        return angles, None
+    return angles, rope_angles(config, positions, local=True)
 
 
 def rotate(
     x: Float[Array, "batch seq heads head_dim"],
-    angles: tuple[Float[Array, "batch seq half"], Float[Array, "batch seq half"]],
+    angles: Angles,
 ) -> Float[Array, "batch seq heads head_dim"]:
     """Rotate the pairs (i, i + head_dim/2) of every head, as Hugging Face checkpoints expect.
 

@@ -4,11 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors.numpy import load_file
 
 from jax_qlora.errors import InputError
 from jax_qlora.interop.hf import tensor_names, tensor_shape
 from jax_qlora.interop.hf_config import config_from_hf, config_to_hf, read_config
+from jax_qlora.interop.safetensors import read_directory
 from jax_qlora.models import RopeScaling, abstract_params
 from jax_qlora.models.presets import PRESETS
 from jax_qlora.tree import flatten_paths
@@ -16,6 +16,10 @@ from tests.helpers import GOLDEN
 from tests.tiny import tiny_model
 
 MODELS = GOLDEN / "models"
+FIXTURES = [
+    "llama", "llama_rope3_tied", "mistral_sharded", "qwen2", "qwen3", "phi3", "gemma2",
+    "gemma3_text",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -28,13 +32,15 @@ def raw(**changes: Any) -> dict[str, Any]:
     return {k: v for k, v in (content | changes).items() if v != "absent"}
 
 
-@pytest.mark.parametrize("name", ["llama", "llama_rope3_tied"])
+@pytest.mark.parametrize("name", FIXTURES)
 def test_both_spellings_say_the_same(name: str):
     spellings = [
         config_from_hf(json.loads((MODELS / name / file).read_text()))
         for file in ("config.json", "config.v4.json")
     ]
     assert spellings[0] == spellings[1]
+    written = json.loads(json.dumps(config_to_hf(spellings[0], dtype="float32")))
+    assert config_from_hf(written) == spellings[0]
 
 
 def test_a_config_is_read_whole():
@@ -105,6 +111,64 @@ def test_what_would_change_results_is_refused_by_name(changes: dict, message: st
         config_from_hf(raw(**changes))
 
 
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("qwen2", {"layer_types": ["full_attention"]}, "layer_types is .* for each of 2 layers"),
+        ("qwen2", {"attention_bias": True}, "attention_bias is True, which is not implemented"),
+        ("phi3", {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
+        ("phi3", {"resid_pdrop": 0.1}, "resid_pdrop is 0.1"),
+        ("phi3", {"auto_map": {"AutoModelForCausalLM": "other.py"}}, "auto_map is"),
+        ("phi3", {"rope_parameters": {"rope_type": "longrope"}}, "rope_type is 'longrope'"),
+        ("gemma2", {"hidden_activation": "gelu"}, "hidden_activation is 'gelu'"),
+        ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention is True"),
+        ("gemma2", {"sliding_window": None}, "sliding_window is None; expected a whole number"),
+        ("gemma3_text", {"rope_parameters": {"rope_type": "linear"}}, "'full_attention' and"),
+        (
+            "gemma3_text",
+            {"rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 2.0}}},
+            "stretch 'sliding_attention'",
+        ),
+        (
+            "gemma3_text",
+            {"layer_types": "absent", "sliding_window_pattern": 0},
+            "sliding_window_pattern is 0",
+        ),
+        ("mistral_sharded", {"layer_types": ["full_attention"] * 3}, "key 'layer_types'"),
+    ],
+)
+def test_what_families_have_and_is_not_implemented(name: str, changes: dict, message: str):
+    content = json.loads((MODELS / name / "config.json").read_text()) | changes
+    with pytest.raises(InputError, match=message):
+        config_from_hf({k: v for k, v in content.items() if v != "absent"})
+
+
+def test_windows_of_qwen():
+    """Local are the layers from max_window_layers on, if windows are used; layer_types say more."""
+    content = json.loads((MODELS / "qwen2" / "config.json").read_text())
+    content |= {"sliding_window": 6, "max_window_layers": 1}
+    del content["layer_types"]
+    assert config_from_hf(content).windows == (None, None)
+    content["use_sliding_window"] = True
+    assert config_from_hf(content).windows == (None, 6)
+    written = config_to_hf(config_from_hf(content), dtype="float32")
+    assert written["layer_types"] == ["full_attention", "sliding_attention"]
+    content["layer_types"] = ["sliding_attention", "full_attention"]
+    assert config_from_hf(content).windows == (6, None)
+
+
+def test_a_null_is_not_a_missing_key():
+    content = json.loads((MODELS / "gemma2" / "config.json").read_text())
+    del content["attn_logit_softcapping"]
+    content["final_logit_softcapping"] = None
+    config = config_from_hf(content)
+    assert (config.attention_softcap, config.logit_softcap) == (50.0, None)
+    content = json.loads((MODELS / "mistral_sharded" / "config.json").read_text())
+    del content["sliding_window"]
+    assert config_from_hf(content).sliding_window == 4096
+    assert config_from_hf(content | {"sliding_window": None}).sliding_window is None
+
+
 def test_config_files_that_cannot_be_read(tmp_path: Path):
     with pytest.raises(InputError, match="No config.json in"):
         read_config(tmp_path)
@@ -114,7 +178,7 @@ def test_config_files_that_cannot_be_read(tmp_path: Path):
             read_config(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["llama", "llama_rope3_tied"])
+@pytest.mark.parametrize("name", FIXTURES)
 def test_names_and_shapes_are_those_of_the_checkpoint(name: str):
     config, _ = read_config(MODELS / name)
     names = {
@@ -122,5 +186,4 @@ def test_names_and_shapes_are_those_of_the_checkpoint(name: str):
         for path in flatten_paths(abstract_params(config))
         for tensor in tensor_names(path, config)
     }
-    stored = load_file(MODELS / name / "model.safetensors")
-    assert names == {tensor: x.shape for tensor, x in stored.items()}
+    assert names == {tensor: x.shape for tensor, x in read_directory(MODELS / name).items()}

@@ -22,14 +22,21 @@ from jax_qlora.tree import flatten_paths, nbytes
 from tests.helpers import GOLDEN, assert_trees_close, golden
 
 MODELS = GOLDEN / "models"
-EXACT = ["llama", "llama_rope3_tied", "llama_bnb4", "llama_bnb4_nodq_fp4"]
+FAMILIES = ["mistral_sharded", "qwen2", "qwen3", "phi3", "gemma2", "gemma3_text"]
+EXPERTS = ["mixtral", "qwen3_moe"]
+EXACT = ["llama", "llama_rope3_tied", "llama_bnb4", "llama_bnb4_nodq_fp4", *FAMILIES, *EXPERTS]
 # float32 logits of magnitude 4, summed in another order
 LOGITS = 1e-4
 
 
+@functools.cache
+def reference_outputs() -> dict[str, np.ndarray]:
+    return golden("model_outputs.npz") | golden("family_outputs.npz")
+
+
 def reference(name: str, side: str = "") -> tuple[jax.Array, np.ndarray, np.ndarray]:
     """Tokens, mask and logits of transformers."""
-    outputs = golden("model_outputs.npz")
+    outputs = reference_outputs()
     ids, mask = outputs[f"{name}/{side}input_ids"], outputs[f"{name}/{side}attention_mask"]
     return jnp.array(ids, jnp.int32), mask, outputs[f"{name}/{side}logits"]
 
@@ -63,7 +70,7 @@ def test_greedy_continuation_is_that_of_transformers(name: str):
         token = jnp.argmax(logits[:, -1], axis=-1)
         generated.append(token)
         logits, cache = decode(model.params, token[:, None], cache)
-    want = golden("model_outputs.npz")[f"{name}/greedy"]
+    want = reference_outputs()[f"{name}/greedy"]
     np.testing.assert_array_equal(jnp.stack(generated, axis=1), want)
 
 
@@ -100,6 +107,18 @@ def test_quantizing_on_the_way_is_quantizing_afterwards(
     assert kinds == set(targets)
     assert_trees_close(got.params, want, rtol=1e-6)  # the mean of absmax, by an ulp or two
     assert nbytes(got.params) == nbytes(want)
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_experts_are_quantized_one_by_one(double_quant: bool):
+    dense = load("mixtral")
+    targets = jq.find_targets(dense.apply, dense.params, jnp.ones((1, 4), jnp.int32))
+    assert "layers/mlp/experts/up_proj/kernel" in targets and len(targets) == 7  # no router
+    settings: dict[str, Any] = dict(block_size=32, double_quant=double_quant)
+    want = jq.quantize(dense.params, targets, **settings)
+    got = jq.load_model(MODELS / "mixtral", **settings)
+    assert got.params["layers"]["mlp"]["experts"]["up_proj"]["kernel"].lead == (2, 4)
+    assert_trees_close(got.params, want, rtol=1e-6)
 
 
 def test_chunks_that_overlap_change_nothing(monkeypatch: pytest.MonkeyPatch):

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import json
+import random
 import shutil
 import subprocess
 import sys
@@ -101,7 +102,53 @@ def test_splitting_rules_of_gguf(metadata):
 
     assert words("gpt-2", "in 1234 don't") == ["in", " 1234", " don", "'t"]
     assert words("smollm", "in 1234 don't") == ["in", " ", "1", "2", "3", "4", " don", "'t"]
+    assert words("qwen2", "in 12 DON'T") == ["in", " ", "1", "2", " DON", "'T"]
     assert words("llama-bpe", "in 1234 DON'T") == ["in", " ", "123", "4", " DON", "'T"]
+
+
+def pieces_of(text, vocab, scores):
+    """SentencePiece's BPE: join the neighbors that make the piece of the highest score."""
+    pieces = list(text)
+    while True:
+        joined = ["".join(pieces[i : i + 2]) for i in range(len(pieces) - 1)]
+        pairs = [(scores[vocab[x]], -i) for i, x in enumerate(joined) if x in vocab]
+        if not pairs:
+            return pieces
+        i = -max(pairs)[1]
+        pieces[i : i + 2] = ["".join(pieces[i : i + 2])]
+
+
+@pytest.mark.parametrize("space_prefix", [False, True], ids=["gemma", "llama"])
+def test_sentencepiece_in_gguf(space_prefix):
+    space = "\u2581"
+    letters = [space, *"abc"]
+    made = [a + b for a in letters for b in letters if b != space]
+    made += ["abc", f"{space}ab", f"{space}abc", "abab", "cab"]
+    tokens = ["<unk>", "<s>", "</s>", "<0xC3>", "<0xA9>", *letters, *made, "<end>"]
+    kinds = [2, 3, 3, 6, 6, *[1] * (len(letters) + len(made)), 4]
+    order = random.Random(0).sample(range(len(made)), len(made))
+    scores = [0.0] * 9 + [-float(i) for i in order] + [-1000.0]
+    tokenizer = tokenizer_from_gguf(
+        {
+            "general.architecture": "gemma3",
+            "tokenizer.ggml.model": "llama",
+            "tokenizer.ggml.tokens": tokens,
+            "tokenizer.ggml.scores": scores,
+            "tokenizer.ggml.token_type": kinds,
+            "tokenizer.ggml.add_space_prefix": space_prefix,
+            "tokenizer.ggml.bos_token_id": 1,
+            "tokenizer.ggml.eos_token_id": 2,
+        }
+    )
+    vocab = {token: i for i, token in enumerate(tokens)}
+    for text in ("abcab cab", "aabbcc  abc", "ccab abab ab"):
+        want = pieces_of(space * space_prefix + text.replace(" ", space), vocab, scores)
+        ids = tokenizer(text)["input_ids"]
+        assert ids == [1, *(vocab[piece] for piece in want)]
+        assert tokenizer.decode(ids, skip_special_tokens=True) == text
+    ids = tokenizer("aé<end>", add_special_tokens=False)["input_ids"]
+    assert ids[-3:] == [3, 4, len(tokens) - 1]  # bytes of what is no piece, and a whole token
+    assert tokenizer.decode(ids) == "aé<end>"
 
 
 def test_a_beginning_of_sequence_is_added_only_where_the_file_says_so(metadata):
@@ -126,7 +173,11 @@ def test_user_defined_tokens_stay_whole_and_visible(metadata):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"tokenizer.ggml.model": "llama"}, "'llama' with .* is not read: expected 'gpt2'"),
+        (
+            {"tokenizer.ggml.model": "bert"},
+            "'bert' with .* expected 'llama', or 'gpt2'",
+        ),
+        ({"tokenizer.ggml.model": "llama"}, "expected tokenizer.ggml.tokens and .scores"),
         ({"tokenizer.ggml.pre": "qwen9"}, "pre 'qwen9' is not read"),
         ({"tokenizer.ggml.tokens": None}, "holds no complete tokenizer"),
         ({"tokenizer.ggml.merges": None}, "holds no complete tokenizer"),

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import jax_qlora as jq
-from jax_qlora.models import decoder, decoder_functions
+from jax_qlora.models import decoder_functions, layer
 from jax_qlora.models.attention import attention_mask_of, grouped_query_attention
 from jax_qlora.models.blockwise_attention import BLOCK, blockwise_attention
 
@@ -240,12 +240,12 @@ def test_a_decoder_is_the_same_in_pieces(weights: str, monkeypatch: pytest.Monke
     want = gradients_of_a_decoder(*trees, remat="none")
     calls = []
 
-    def blockwise(*args: Any) -> jax.Array:
+    def blockwise(*args: Any, **settings: Any) -> jax.Array:
         calls.append(len(args))
-        return blockwise_attention(*args, block=(8, 16))
+        return blockwise_attention(*args, **settings, block=(8, 16))
 
-    monkeypatch.setattr(decoder, "blockwise_attention", blockwise)
-    monkeypatch.setattr(decoder, "MLP_TOKENS", 16)
+    monkeypatch.setattr(layer, "blockwise_attention", blockwise)
+    monkeypatch.setattr(layer, "MLP_TOKENS", 16)
     for remat in ["none"] if weights == "4 bits" else ["dots", "full"]:
         got = gradients_of_a_decoder(*trees, remat=remat)
         assert_trees_close(got, want, rtol=1e-3, atol=1e-4)
@@ -256,7 +256,7 @@ def test_a_long_sequence_in_a_lifted_decoder():
     """A training step of 4-bit weights holds no scores and no MLP of the whole sequence."""
     model, base, adapter = tiny()
     seq = 2**14
-    assert seq > decoder.MLP_TOKENS
+    assert seq > layer.MLP_TOKENS
 
     def loss(adapter: Any, tokens: jax.Array) -> jax.Array:
         return jnp.mean(model.hidden(jq.attach(base, adapter), tokens) ** 2)

@@ -21,6 +21,10 @@ def test_presets_are_possible(name: str):
         ({"n_kv_heads": 3}, r"n_heads \(4\) is not a multiple of n_kv_heads \(3\)"),
         ({"head_dim": 15}, "head_dim is 15; rotary positions need it even"),
         ({"norm_eps": 0.0}, "norm_eps is 0.0; it must be positive"),
+        ({"sliding_window": 0}, "sliding_window is 0; it must be positive"),
+        ({"attention_softcap": -1.0}, "attention_softcap is -1.0"),
+        ({"sliding_window": 4, "local_layers": (True,)}, "local_layers has 1 entries"),
+        ({"local_layers": (True, False, True)}, "local_layers need a sliding_window"),
         ({"rope_theta": float("inf")}, "rope_theta is inf; it must be positive and finite"),
         ({"rope_scaling": RopeScaling(kind="linear", factor=0.5)}, "factor is 0.5; expected >= 1"),
         (
