@@ -9,8 +9,9 @@ without and with checkpointing (`remat`: the layers are recomputed). Each side i
 own, all sides of a cell are there at once and step in turn. Memory is resident memory of a whole
 process (VmHWM, imports, interpreter and compiler included): `train` is its peak from the first step
 on, `peak` its peak from the start, building and quantizing the model included. `first_s` is the
-first step, what it compiles included. Floors, at the default sizes: no slower than either peer, at
-most 0.6 of the smaller of their peaks, at most 1.10 of our dense step.
+first step, what it compiles included. Run our side with a Python that lacks the planner's wheels:
+jax loads the CUDA plugin they hold beside the CPU, some 85 MiB. Floors, at the default sizes: no
+slower than either peer, at most 0.6 of the smaller of their peaks, at most 1.10 of our dense step.
 """
 
 import argparse
