@@ -8,6 +8,7 @@ overwritten in place. With streamed weights also that copies from the host run b
 """
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -179,8 +180,8 @@ def sizes(decoder: DecoderConfig, config: Config, run: Run, *, seq: int) -> Size
     return Sizes(
         kernels=frozenset(x.layout.rows * n for x in quantized
                           for n in (x.layout.cols, 2 * x.codes.shape[-1])),  # without padding, with
-        packed=frozenset(x.codes.size // x.lead[0] for x in quantized),
-        constants=frozenset(x.absmax.size // x.lead[0] for x in quantized),
+        packed=frozenset(x.codes.size // math.prod(x.lead) for x in quantized),
+        constants=frozenset(x.absmax.size // math.prod(x.lead) for x in quantized),
         layers=decoder.n_layers,
         held=held,
         adapter=frozenset(tuple(sorted(x.shape)) for x in jax.tree.leaves(run.state.trainable)),

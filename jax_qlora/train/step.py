@@ -207,6 +207,7 @@ class CompiledSteps:
         parts, rows, length = batch["tokens"].shape
         shape = f"{parts} x {rows} x {length}" if parts > 1 else f"{rows} x {length}"
         began = time.monotonic()
+        return_freed_memory()  # of reading the model, before the compiler takes its own
         # every part of the state comes back in the memory, host's or device's, that it came from
         where = (jax.tree.map(lambda x: x.sharding, state), None)
         step = jax.jit(self._step, donate_argnums=0, out_shardings=where)

@@ -67,6 +67,9 @@ def test_every_large_buffer_is_explained(plain: Compiled):
     # beside the decoded kernels, 16 bits each, nothing has the size of a weight
     dense = Counter(f.shape.dtype for f in written if f.shape.elements >= 512 * 512)
     assert set(dense) <= {"bf16", "u8"} and dense["bf16"] >= 2 * 5
+    # of the logits, once in float32, and their gradient as the head's product takes it
+    logits = Counter(f.shape.dtype for f in written if f.shape.dims[-1:] == (DECODER.vocab_size,))
+    assert logits["f32"] == 1
     # the stacked codes are read where they are; only slices of a layer are copied
     assert not any(f.shape.dtype == "u8" and f.shape.elements > 512 * 1408 // 2 for f in written)
 
