@@ -289,13 +289,22 @@ def to_toml(config: Config) -> str:
             lines += ["", f"[{head}]"]
             section = head
         if value is not None:
-            lines.append(f"{name} = {_toml_value(value)}")
+            lines.append(f"{name} = {toml_value(value)}")
     return "\n".join(lines) + "\n"
 
 
 def flat_settings(config: Config) -> dict[str, Any]:
     """Return every setting as {"section.key": value}."""
     return {key: value for key, value, _ in _leaves(config, "")}
+
+
+def replaced(config: Config, values: Mapping[str, Any]) -> Config:
+    """Return `config` with other values, given as {"section.key": value}; nothing is checked."""
+    for key, value in values.items():
+        section, _, leaf = key.rpartition(".")
+        part = dataclasses.replace(getattr(config, section) if section else config, **{leaf: value})
+        config = dataclasses.replace(config, **{section: part}) if section else part
+    return config
 
 
 def run_identity(config: Config) -> dict[str, str]:
@@ -364,7 +373,7 @@ def _convert(value: Any, annotation: Any, where: str, key: str) -> Any:
     if origin is Literal:
         if not any(value == choice and type(value) is type(choice) for choice in args):
             guess = nearest(value, map(str, args)) if isinstance(value, str) else ""
-            raise _wrong(where, key, "one of " + ", ".join(map(_toml_value, args)), value, guess)
+            raise _wrong(where, key, "one of " + ", ".join(map(toml_value, args)), value, guess)
         return value
     if origin in (typing.Union, types.UnionType):
         choices = [choice for choice in args if choice is not types.NoneType]
@@ -399,19 +408,20 @@ def _describe(annotation: Any) -> str:
 
 
 def _wrong(where: str, key: str, expected: str, found: Any, guess: str = "") -> InputError:
-    shown = _toml_value(found) if isinstance(found, str | int | float) else repr(found)
+    shown = toml_value(found) if isinstance(found, str | int | float) else repr(found)
     return InputError(f"{where}: {key}: expected {expected}, found {shown}.{guess}")
 
 
-def _toml_value(value: Any) -> str:
+def toml_value(value: Any) -> str:
+    """Return a setting's value as TOML spells it."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
         escaped = value.replace("\\", "\\\\").replace('"', '\\"')
         return '"' + "".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in escaped) + '"'
     if isinstance(value, tuple | list):
-        return "[" + ", ".join(map(_toml_value, value)) + "]"
+        return "[" + ", ".join(map(toml_value, value)) + "]"
     if isinstance(value, dict):
-        pairs = (f"{_toml_value(key)} = {_toml_value(item)}" for key, item in value.items())
+        pairs = (f"{toml_value(key)} = {toml_value(item)}" for key, item in value.items())
         return "{" + ", ".join(pairs) + "}"
     return repr(value)

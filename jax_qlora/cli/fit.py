@@ -42,7 +42,7 @@ def run(args: Sequence[str]) -> int:
     if seq is not None and not (seq.isdigit() and int(seq) > 1):
         raise InputError(f"--seq: expected a number of tokens, at least 2, found '{seq}'.")
     if not flags["json"] and not flags["quick"] and sys.stderr.isatty():
-        print("Compiling the step (10 to 40 seconds) ...", file=sys.stderr)
+        print("Compiling the step (10 to 40 seconds; minutes for a TPU) ...", file=sys.stderr)
     report = fit(
         config.model,
         gpu=own["gpu"] or "rtx4090",

@@ -147,17 +147,17 @@ def find_gpu(name: str) -> Gpu:
     Raises:
         InputError: there is none (lists those there are).
     """
-
-    def plain(text: str) -> str:
-        return re.sub(r"[^a-z0-9]", "", text.lower()).removeprefix("nvidia").removesuffix("gb")
-
     for key, gpu in GPUS.items():
-        if plain(name) in (plain(key), plain(gpu.name)):
+        if _plain(name) in (_plain(key), _plain(gpu.name)):
             return gpu
     raise InputError(
-        f"GPU '{name}': expected one of {', '.join(GPUS)}. For another card of about the same "
-        "generation give its memory with it: --gpu rtx4090 --memory 16GiB."
+        f"GPU '{name}': expected one of {', '.join(GPUS)}, or a TPU: v5e, v5p, v6e. For another "
+        "card of about the same generation give its memory with it: --gpu rtx4090 --memory 16GiB."
     )
+
+
+def _plain(text: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", text.lower()).removeprefix("nvidia").removesuffix("gb")
 
 
 def parse_memory(text: str) -> int:

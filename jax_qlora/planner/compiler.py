@@ -16,9 +16,14 @@ import jax
 from jax.sharding import SingleDeviceSharding
 
 from ..costs.gpus import Gpu
+from ..costs.held import program_bytes
 from ..errors import InputError
 
 PLUGIN = "jax-cuda13-pjrt"
+
+
+AHEAD_OF_TIME = {"xla_gpu_autotune_level": 0}
+"""What the compiler is told where nothing can be timed, on a card that is not there."""
 
 
 class Planned(NamedTuple):
@@ -127,25 +132,16 @@ def compile_lowered(lowered: Any, options: dict[str, Any]) -> Any:
 
     Args:
         lowered: From `jax.jit(f).lower(...)`, arguments placed by `place`.
-        options: What else the compiler is told.
+        options: What the compiler is told.
     """
     Placed.hidden = True
     try:
-        # nothing can be timed on a card that is not there
-        return lowered.compile(compiler_options={"xla_gpu_autotune_level": 0, **options})
+        return lowered.compile(compiler_options=options)
     finally:
         Placed.hidden = False
 
 
 def planned(compiled: Any) -> Planned:
     """The memory that a compiled program needs."""
-    memory = compiled.memory_analysis()
-
-    def total(side: str) -> int:
-        argument, output, alias, temp = (
-            getattr(memory, f"{side}{name}_size_in_bytes")
-            for name in ("argument", "output", "alias", "temp")
-        )
-        return argument + output - alias + temp
-
-    return Planned(device=total(""), host=total("host_"))
+    device, host = program_bytes(compiled.memory_analysis())
+    return Planned(device=device, host=host)

@@ -12,10 +12,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..config import Config, TrainConfig, flat_settings, from_table
+from ..config import Config, TrainConfig, flat_settings, from_table, replaced
+from ..costs.advice import MARGIN
 from ..costs.formula import Bytes, estimate
-from ..costs.gpus import GIB, Gpu, find_gpu, parse_memory
+from ..costs.gpus import Gpu, find_gpu, parse_memory
 from ..costs.roofline import least_seconds
+from ..costs.tpus import TPUS, Tpu
 from ..errors import InputError
 from ..interop.download import resolve
 from ..interop.gguf import read_gguf
@@ -26,9 +28,7 @@ from ..models.presets import PRESETS
 from ..train.recipe import find_decoder_targets
 from .compiler import missing_wheels
 from .report import Report
-
-MARGIN = GIB
-"""What is kept free of a card: the driver's context, workspaces, fragmentation, a desktop."""
+from .tpu import ENVIRONMENT, missing_wheel
 
 DEFAULTS = Config(train=TrainConfig(batch_size=1, remat="full"))
 """Settings of a plan that nothing else is said of."""
@@ -54,7 +54,8 @@ def fit(
     Args:
         model: A preset such as "llama-2-7b", a model directory, a bare config.json, a .gguf file, a
             downloaded name, a Hub id, or a `DecoderConfig`.
-        gpu: Name of a card, e.g. "rtx4090"; see `jax_qlora.planner.GPUS`.
+        gpu: Name of a card, e.g. "rtx4090", or of a TPU chip, "v5e"; see `jax_qlora.planner.GPUS`
+            and `TPUS`.
         memory: Its memory, if other than the card's own: bytes, or text such as "16GiB".
         seq: Tokens of a row; by default `data.max_length`, or 512.
         config: Settings of the run; by default QLoRA, batch 1, layers recomputed.
@@ -74,7 +75,7 @@ def fit(
     """
     decoder, name = read_decoder(model)
     config = with_settings(config, settings)
-    card = find_gpu(gpu)
+    card = TPUS[gpu.lower()] if gpu.lower() in TPUS else find_gpu(gpu)
     if memory is not None:
         size = memory if isinstance(memory, int) else parse_memory(memory)
         card = dataclasses.replace(card, memory=size)
@@ -99,7 +100,8 @@ def fit(
         compiled, note = _compile(decoder, config, card, seq)
     scale = 1.0
     if compiled:
-        source = f"XLA's CUDA compiler, jax {compiled['jax']}"
+        maker = "TPU" if isinstance(card, Tpu) else "CUDA"
+        source = f"XLA's {maker} compiler, jax {compiled['jax']}"
         formula, planned = planned, Bytes(**compiled["planned"])
         scale = planned.temporaries / max(formula.temporaries, 1)
 
@@ -181,18 +183,18 @@ def _table(config: Config) -> dict[str, Any]:
 
 
 def _compile(
-    decoder: DecoderConfig, config: Config, gpu: Gpu, seq: int
+    decoder: DecoderConfig, config: Config, card: Gpu | Tpu, seq: int
 ) -> tuple[dict[str, Any], str]:
     """What the compiler plans, and why it could not where it could not."""
-    if why := missing_wheels():
+    if why := missing_wheel() if isinstance(card, Tpu) else missing_wheels():
         return {}, why
     case = {
         "decoder": dataclasses.asdict(decoder),
         "config": _table(config),
-        "gpu": dataclasses.asdict(gpu),
+        "card": dataclasses.asdict(card),
         "seq": seq,
     }
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "2"}
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "2", **ENVIRONMENT}
     environment.pop("XLA_FLAGS", None)
     run = subprocess.run(
         [sys.executable, "-m", "jax_qlora.planner.worker"],
@@ -208,11 +210,7 @@ def _compile(
 
 
 def _replaced(config: Config, key: str, value: Any) -> Config:
-    section, _, leaf = key.rpartition(".")
-    if not section:
-        return dataclasses.replace(config, **{leaf: value})
-    part = dataclasses.replace(getattr(config, section), **{leaf: value})
-    return dataclasses.replace(config, **{section: part})
+    return replaced(config, {key: value})
 
 
 def _most(
@@ -275,8 +273,5 @@ def _changes(
             continue
         if config.method != "qlora" and name in _OF_QLORA:
             continue
-        changed = config
-        for key, value in values.items():
-            changed = _replaced(changed, key, value)
-        changes.append((name, other(changed, seq)))
+        changes.append((name, other(replaced(config, values), seq)))
     return changes

@@ -6,6 +6,7 @@ import io
 from typing import Any
 
 from ..config import Config
+from ..costs.advice import verdict
 from ..costs.formula import Bytes
 from ..costs.gpus import GIB
 from ..lora.summary import table
@@ -68,14 +69,12 @@ class Report:
     @property
     def fits(self) -> bool:
         """Whether it fits, with the margin to spare."""
-        return self.device_bytes + self.margin <= self.capacity
+        return self.verdict == "fits"
 
     @property
     def verdict(self) -> str:
         """In words: "fits", "tight" (without the margin) or "does not fit"."""
-        if self.fits:
-            return "fits"
-        return "tight" if self.device_bytes <= self.capacity else "does not fit"
+        return verdict(self.device_bytes, self.capacity, self.margin)
 
     @property
     def breakdown(self) -> dict[str, int]:
@@ -141,7 +140,7 @@ class Report:
         lines += ["", "What a change would need (estimates)"]
         changes = [
             (name, _gib(needed.device), _signed(needed.device - self.device_bytes),
-             _gib(needed.host), _fits(needed.device, self.capacity, self.margin))
+             _gib(needed.host), verdict(needed.device, self.capacity, self.margin))
             for name, needed in self.changes
         ]  # fmt: skip
         lines.append(table(("change", "device GiB", "", "host GiB", ""), changes))
@@ -210,9 +209,3 @@ def _gib(size: int) -> str:
 
 def _signed(size: int) -> str:
     return f"{size / GIB:+.2f}"
-
-
-def _fits(device: int, capacity: int, margin: int) -> str:
-    if device + margin <= capacity:
-        return "fits"
-    return "tight" if device <= capacity else "does not fit"

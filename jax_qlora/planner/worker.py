@@ -13,35 +13,62 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import jax
+from jax.sharding import SingleDeviceSharding
 
 from ..config import Config, from_table
 from ..costs.formula import Bytes
 from ..costs.gpus import Gpu
+from ..costs.held import held as held_bytes
+from ..costs.tpus import Tpu
 from ..models import DecoderConfig, RopeScaling
 from ..optim import page_between
 from ..quant import QuantizedArray
 from ..train.step import compiler_options
-from ..tree import nbytes
-from .compiler import Placed, compile_lowered, describe_device, place, planned
+from .compiler import AHEAD_OF_TIME, Placed, compile_lowered, describe_device, place, planned
 from .shapes import Run, abstract_run
+from .tpu import describe_chip, wanted_bytes
 
 
-def compile_case(decoder: DecoderConfig, config: Config, gpu: Gpu, *, seq: int) -> Bytes:
-    """Compiles the training step for a card; returns what it needs, by part."""
-    compiled, run = compile_step(decoder, config, gpu, seq=seq)
-    needed, parts = planned(compiled), held(run)
-    if config.optim.placement == "host":
-        parts = replace(parts, optimizer=0)
+def compile_case(decoder: DecoderConfig, config: Config, card: Gpu | Tpu, *, seq: int) -> Bytes:
+    """Compiles the training step for a card or chip; returns what it needs, by part."""
+    lowered, options, run = lower_step(decoder, config, card, seq=seq)
+    parts = held(run, paged=config.optim.placement == "host")
+    try:
+        needed = planned(compile_lowered(lowered, options))
+    except jax.errors.JaxRuntimeError as error:  # a TPU's compiler makes no plan that does not fit
+        if (wanted := wanted_bytes(str(error))) is None:
+            raise
+        return replace(parts, temporaries=max(wanted, card.memory - parts.device + 1))
     return replace(parts, temporaries=needed.device - parts.device, host=needed.host)
+
+
+def held(run: Run, *, paged: bool = False) -> Bytes:
+    """What a run holds between steps; `paged` says that its moments are on the host."""
+    state = run.state
+    return held_bytes(state.trainable, state.optimizer, run.frozen, paged=paged)
 
 
 def compile_step(decoder: DecoderConfig, config: Config, gpu: Gpu, *, seq: int) -> tuple[Any, Run]:
     """The training step compiled for a card, and the run it belongs to."""
-    target = describe_device(gpu)
-    device, host = Placed(target, "device"), Placed(target, "pinned_host")
+    lowered, options, run = lower_step(decoder, config, gpu, seq=seq)
+    return compile_lowered(lowered, options), run
+
+
+def lower_step(
+    decoder: DecoderConfig, config: Config, card: Gpu | Tpu, *, seq: int
+) -> tuple[Any, dict[str, Any], Run]:
+    """The training step lowered for a card or chip, what its compiler is told, and the run."""
+    if isinstance(card, Tpu):
+        chip, platform, told = describe_chip(card), "tpu", {}
+        device, host = (
+            SingleDeviceSharding(chip, memory_kind=kind) for kind in ("device", "pinned_host")
+        )
+    else:
+        target, platform, told = describe_device(card), "gpu", AHEAD_OF_TIME
+        device, host = Placed(target, "device"), Placed(target, "pinned_host")
     paged = config.optim.placement == "host"
     paging = page_between(device, host) if paged else None
-    run = abstract_run(decoder, config, seq=seq, half=gpu.half, paging=paging)
+    run = abstract_run(decoder, config, seq=seq, half=card.half, paging=paging)
 
     def moments(x: Any) -> Any:
         return place(x, host if x.ndim else device)
@@ -49,11 +76,11 @@ def compile_step(decoder: DecoderConfig, config: Config, gpu: Gpu, *, seq: int) 
     state = place(run.state, device)
     if paged:
         state = state._replace(optimizer=jax.tree.map(moments, run.state.optimizer))
-    options: dict[str, Any] = {}
+    places: dict[str, Any] = {}
     if paged:
         values = {"loss": device, "grad_norm": device}
-        options["out_shardings"] = (jax.tree.map(lambda x: x.sharding, state), values)
-    step = jax.jit(run.step, donate_argnums=0, **options)
+        places["out_shardings"] = (jax.tree.map(lambda x: x.sharding, state), values)
+    step = jax.jit(run.step, donate_argnums=0, **places)
     batch = place(run.batch, device)
     frozen = jax.tree.map(
         lambda x: place(x, host if getattr(x, "streamed", False) else device),
@@ -61,23 +88,7 @@ def compile_step(decoder: DecoderConfig, config: Config, gpu: Gpu, *, seq: int) 
         is_leaf=lambda x: isinstance(x, QuantizedArray),
     )
     lowered = step.lower(state, frozen, batch)
-    return compile_lowered(lowered, compiler_options(config, "gpu")), run
-
-
-def held(run: Run) -> Bytes:
-    """What a run holds between steps; streamed kernels, on the host, are left out."""
-    constants = streamed = 0
-    for x in jax.tree.leaves(run.frozen, is_leaf=lambda x: isinstance(x, QuantizedArray)):
-        if isinstance(x, QuantizedArray) and x.streamed:
-            streamed += nbytes(x)
-        elif isinstance(x, QuantizedArray):
-            constants += nbytes((x.absmax, x.absmax_scale, x.absmax_offset))
-    return Bytes(
-        base=nbytes(run.frozen) - constants - streamed,
-        constants=constants,
-        trainable=nbytes(run.state.trainable),
-        optimizer=nbytes(run.state.optimizer),
-    )
+    return lowered, {**told, **compiler_options(config, platform)}, run
 
 
 def main() -> int:
@@ -85,10 +96,15 @@ def main() -> int:
     case = json.load(sys.stdin)
     decoder = decoder_from_json(case["decoder"])
     config = from_table(case["config"], where="settings")
-    gpu = Gpu(**{**case["gpu"], "capability": tuple(case["gpu"]["capability"])})
+    values = case["card"]
+    card: Gpu | Tpu = (
+        Tpu(**values)
+        if "topology" in values
+        else Gpu(**{**values, "capability": tuple(values["capability"])})
+    )
     began = time.monotonic()
     with contextlib.redirect_stdout(sys.stderr):
-        needed = compile_case(decoder, config, gpu, seq=case["seq"])
+        needed = compile_case(decoder, config, card, seq=case["seq"])
     seconds = round(time.monotonic() - began, 1)
     print(json.dumps({"planned": asdict(needed), "seconds": seconds, "jax": jax.__version__}))
     return 0
