@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 
 from ..lift import lift
 from ..models import Model, decoder_functions
-from ..quant.streaming import fetch
+from ..quant.streaming import check_host_memory, fetch
 from ..typing import Array
 from .bnb import check_quantization
 from .hf_config import read_config
@@ -62,10 +62,12 @@ def load_model(
 
     Raises:
         InputError: There is no such model; its files are damaged or contradict each other; its
-            architecture or a setting is not implemented; a weight is not finite.
+            architecture or a setting is not implemented; a weight is not finite; the device has
+            no host memory for what is to wait there.
     """
     from .download import resolve
 
+    check_host_memory(streamed=streamed, remat=remat)
     path = resolve(path)
     if path.suffix == ".gguf":
         from .gguf import read_gguf
