@@ -277,43 +277,6 @@ def test_a_loss_that_is_no_number_stops_with_advice():
         check_finite(3, fine | {"grad_norm": jnp.float32(jnp.inf)}, state, Config())
 
 
-class NoRoom:
-    """Stands for a device: a compiled step that does not fit."""
-
-    def __init__(self, error: str = ""):
-        self.error = error
-
-    def __call__(self, *args: Any):
-        raise jax.errors.JaxRuntimeError(self.error)
-
-
-def test_out_of_memory_says_what_to_try():
-    with Display(Console(file=io.StringIO())) as show:
-        steps = CompiledSteps(lambda state, frozen, batch: (state, {}), {}, Config(), show)
-        batch = {"tokens": np.zeros((1, 8, 96), np.int32)}
-        steps._compiled[96] = NoRoom("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nmore")
-        with pytest.raises(
-            InputError, match="batches of 1 x 8 x 96 tokens: RESOURCE.*9 bytes.. Try"
-        ):
-            steps(init_state({}, optax.sgd(0.1)), batch)
-        steps._compiled[96] = NoRoom("INTERNAL: something else")
-        with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
-            steps(init_state({}, optax.sgd(0.1)), batch)
-
-
-def test_too_little_memory_shows_before_the_first_step(monkeypatch):
-    class Device:
-        def memory_stats(self):
-            return {"bytes_limit": 10}
-
-    with Display(Console(file=io.StringIO())) as show:
-        steps = CompiledSteps(lambda state, frozen, batch: (state, {}), {}, Config(), show)
-        monkeypatch.setattr(jax, "devices", lambda: [Device()])
-        with pytest.raises(InputError, match="Not enough memory for batches of 8 x 96 tokens"):
-            batch = {"tokens": np.zeros((1, 8, 96), np.int32)}
-            steps.compile(init_state({}, optax.sgd(0.1)), batch)
-
-
 # --- the recipe -------------------------------------------------------------------------------
 
 
@@ -341,7 +304,13 @@ def test_a_run_leaves_what_it_says(finished):
     assert [r["step"] for r in records if "held_out_loss" in r] == [0, 6, 12]
     steps = [r for r in records if "loss" in r]
     assert [r["step"] for r in steps] == list(range(1, 13))
-    assert set(steps[0]) == {"step", "loss", "grad_norm", "learning_rate", "tokens", "seconds"}
+    assert set(steps[0]) == {
+        "step", "loss", "grad_norm", "learning_rate", "tokens", "flops", "seconds",
+    }  # fmt: skip
+    total = sum(r["flops"] for r in steps) / sum(r["seconds"] for r in steps)
+    assert result.figures["model_flops_per_second"] == pytest.approx(total)
+    assert result.figures["model_flops_utilization"] is None  # no peak is known of a CPU
+    assert "GFLOP/s" in text and "GFLOP/s" in (directory / "report.html").read_text()
     samples = [json.loads(line) for line in (directory / "samples.jsonl").read_text().splitlines()]
     assert len(samples) == 6
     assert samples[0]["prompt"] == "tau" and samples[0]["reference"] == "TAU"
@@ -526,6 +495,37 @@ def test_bad_settings_stop_before_anything_is_written(tmp_path):
     with pytest.raises(InputError, match="'q_prj' matches no kernel .*q_proj"):
         run(config)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "way_out"),
+    [
+        ({"train": {"remat": "offload"}}, 'Use remat "full"'),
+        ({"optim": {"placement": "host"}}, 'Use placement "device"'),
+        ({"quant": {"streamed": True}}, "quant.streamed = false"),
+    ],
+)
+def test_a_device_without_host_memory_is_refused_first(tmp_path, monkeypatch, changes, way_out):
+    """Before the model is looked for, in a run as in `load_model`."""
+
+    class Bare:
+        platform, device_kind = "npu", "Bare 1"
+
+        def addressable_memories(self) -> list[Any]:
+            return []
+
+    monkeypatch.setattr(jax, "devices", lambda: [Bare()])
+    config = dataclasses.replace(settings(tmp_path / "run", **changes), model="no such model")
+    with pytest.raises(InputError, match=f"npu .*{way_out}"):
+        run(config)
+    assert not (tmp_path / "run").exists()
+    if "optim" not in changes:
+        with pytest.raises(InputError, match=f"npu .*{way_out}"):
+            jq.load_model(
+                "no such model",
+                remat=config.train.remat,
+                streamed=config.quant.streamed,
+            )
 
 
 def test_a_model_without_tokenizer_is_refused():

@@ -39,6 +39,8 @@ def main(args: Sequence[str] | None = None) -> int:
     if _installed("jax-cuda13-pjrt") and not _installed("jax-cuda13-plugin"):
         # the planner's compiler alone is no GPU; jax would look for one and complain
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    # jax would take three quarters of a card; the planner counts on all but a little
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
     if not args or args[0] in ("-h", "--help"):
         print(_help())
         return 0 if args else 2

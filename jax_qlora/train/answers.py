@@ -11,12 +11,14 @@ import numpy as np
 
 from ..config import Config
 from ..data.examples import Example
+from ..errors import InputError
 from ..evaluate import split_answer
 from ..generate import answer, make_generator
 from ..models import Model
 from ..report import Display, write_json
 from ..typing import PyTree
 from .examples import Data
+from .memory import on_shortage
 from .stop import Stop
 
 
@@ -105,7 +107,7 @@ class Answers:
         prompts = [prompt.tokens for prompt in self.prompts]
         if not prompts:
             return []
-        with show.phase(name, len(prompts)) as phase:
+        with on_shortage(self._too_many), show.phase(name, len(prompts)) as phase:
             return answer(
                 self._generate,
                 self._model,
@@ -116,3 +118,9 @@ class Answers:
                 on_batch=phase.update,
                 stop=stop,
             )
+
+    def _too_many(self, why: str) -> InputError:
+        return InputError(
+            f"Not enough memory to answer {self._batch_size} prompts at once: {why}. Lower "
+            "eval.answer_batch or eval.max_new_tokens; with eval.answers = 0 none is answered."
+        )

@@ -19,6 +19,7 @@ from ..models import Model
 from ..report import Display, Record, draw_losses, write_json, write_page, write_text
 from ..typing import PyTree
 from .answers import Answers
+from .speed import describe_speed, speed_figures
 
 _REWRITES = ("modern-english",)  # data where copying the prompt is an answer to be compared with
 
@@ -57,7 +58,8 @@ def finish(
     write_text(
         run / "samples.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows)
     )
-    figures = {**about, **_losses(records), **_scores(config, rows), **_machine()}
+    speed = speed_figures(records)
+    figures = {**about, **_losses(records), **speed, **_scores(config, rows), **_machine()}
     name = Path(config.model).name
     rank = f", rank {config.lora.rank}" if config.method != "full" else ""
     title = f"{name}: {config.method}{rank} on {Path(config.data.source).name}"
@@ -157,6 +159,7 @@ def _cards(figures: dict[str, Any]) -> dict[str, str]:
         cards["answers with an archaic word"] = _change(*shares, ".0%")
     cards["training time"] = f"{figures['train_seconds'] / 60:.1f} min"
     cards["tokens per second"] = f"{figures['tokens_per_second']:,.0f}"
+    cards["arithmetic of the model, by the second"] = describe_speed(figures)
     cards["peak memory of the process"] = f"{figures['peak_host_bytes'] / 1e9:.2f} GB"
     if figures["peak_device_bytes"]:
         cards["peak memory of the device"] = f"{figures['peak_device_bytes'] / 1e9:.2f} GB"

@@ -5,6 +5,7 @@ Read `train` from top to bottom. What trains (the adapter) and what does not (th
 trees from the start; gradients, optimizer state and checkpoints know only the first.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -30,12 +31,15 @@ from ..lora import Targets, summary
 from ..lora.inits import PLAIN_INITS
 from ..models import DecoderConfig, Model, abstract_params, decoder_functions
 from ..optim import adamw, make_paging, make_schedule
+from ..quant.streaming import check_host_memory
 from ..report import Display, Metrics, write_text
 from ..tree import nbytes
 from ..typing import Array, PyTree
 from .answers import Answers, held_out_prompts, system_prompt
 from .examples import load_data, read_description
+from .memory import MemoryCheck, on_shortage
 from .outcome import finish
+from .speed import batch_flops, describe_speed, speed_figures
 from .start import load_start
 from .step import CompiledSteps, TrainState, check_finite, init_state, make_step
 from .stop import interrupts, stop_requests
@@ -76,7 +80,11 @@ def train(config: Config, *, console: Console | None = None) -> Result:
     check_config(config)
     total, run = config.train.steps, Path(config.output)
     saved = run / "checkpoints"
-    with Display(console or Console()) as show, interrupts() as check_interrupt:
+    with (
+        Display(console or Console()) as show,
+        interrupts() as check_interrupt,
+        contextlib.ExitStack() as stack,
+    ):
         # Whatever can be wrong is looked at before the weights are read.
         checkpoint.check_identity(saved, run_identity(config))
         if checkpoint.saved_steps(saved)[-1:] == [total] and (run / "run.json").exists():
@@ -87,12 +95,15 @@ def train(config: Config, *, console: Console | None = None) -> Result:
             figures = json.loads((run / "run.json").read_text("utf-8"))
             return Result(step=total, interrupted=0, figures=figures)
         paging = make_paging(config.optim.placement)
+        check_host_memory(streamed=config.quant.streamed, remat=config.train.remat)
         decoder, tokenizer = read_description(config.model)
-        targets = None if config.method == "full" else find_decoder_targets(decoder, config)
+        targets = find_decoder_targets(decoder, config)
         data = load_data(config, tokenizer, context=decoder.max_length)
+        memory = MemoryCheck(decoder, config, targets, seq=data.longest)
+        stack.enter_context(on_shortage(memory.explain))  # from here on it can run out
 
         # What trains, and what is frozen.
-        model, trainable, frozen = load(config, targets, show)
+        model, trainable, frozen = load(config, None if config.method == "full" else targets, show)
         # The start is written off the adapter in the end, where it came out of the weights.
         from_weights = frozen is not None and config.lora.init not in PLAIN_INITS
         start = jax.device_get(trainable) if from_weights else None
@@ -115,7 +126,7 @@ def train(config: Config, *, console: Console | None = None) -> Result:
             "examples": checkpoint.fingerprint([example.tokens for example in data.train]),
         }
         if found := checkpoint.restore(saved, state, identity=identity):
-            state = found[1]._replace(optimizer=paging.to_host(found[1].optimizer))
+            state = found[1]
             show.print(f"Resuming after step {found[0]} of {total}.")
         check_room(run, state, keep=config.train.keep_checkpoints)
         write_text(run / "config.toml", to_toml(config))
@@ -124,7 +135,7 @@ def train(config: Config, *, console: Console | None = None) -> Result:
 
         # Compile for the longest batch there can be, so that too little memory shows now.
         step_fn = make_step(model, optimizer, config, width=data.width, half=half, paging=paging)
-        steps = CompiledSteps(step_fn, frozen, config, show)
+        steps = CompiledSteps(step_fn, frozen, config, show, memory)
         if first < total:
             steps.compile(state, data.batch(first, length=data.longest))
 
@@ -187,11 +198,13 @@ def train(config: Config, *, console: Console | None = None) -> Result:
                         grad_norm=float(values["grad_norm"]),
                         learning_rate=float(np.asarray(schedule(step - 1))),
                         tokens=tokens,
+                        flops=batch_flops(decoder, batch, full=config.method == "full"),
                         seconds=round(time.monotonic() - started, 4),
                     )
                     tokens_seen += tokens
                     rate = tokens_seen / (time.monotonic() - began)
-                    phase.update(step, f"loss {record['loss']:.3f}  {rate:,.0f} tokens/s")
+                    speed = describe_speed(speed_figures([record]))
+                    phase.update(step, f"loss {record['loss']:.3f}  {rate:,.0f} tokens/s  {speed}")
                     if step % config.train.checkpoint_every == 0 or step == total:
                         save(state)
                     if due(step) and not stop():

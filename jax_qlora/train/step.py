@@ -20,6 +20,7 @@ from ..models import Model
 from ..optim import Paging, make_paging
 from ..report import Display
 from ..typing import Array, PyTree
+from .memory import MemoryCheck
 
 
 class TrainState(NamedTuple):
@@ -183,7 +184,14 @@ def return_freed_memory() -> None:
 class CompiledSteps:
     """A step compiled once for each length of batch, with its memory known before it runs."""
 
-    def __init__(self, step: Step, frozen: PyTree, config: Config, show: Display):
+    def __init__(
+        self,
+        step: Step,
+        frozen: PyTree,
+        config: Config,
+        show: Display,
+        memory: MemoryCheck | None = None,
+    ):
         """Prepare to compile; nothing is compiled yet.
 
         Args:
@@ -191,11 +199,13 @@ class CompiledSteps:
             frozen: The base.
             config: Settings of the run.
             show: Where to print.
+            memory: Compares what is compiled with the device; absent: nothing does.
         """
         self._options = compiler_options(config, jax.devices()[0].platform)
         self._step = step
         self._frozen = frozen
         self._show = show
+        self._memory = memory
         self._compiled: dict[int, Any] = {}
 
     def compile(self, state: TrainState, batch: Batch) -> None:
@@ -214,44 +224,19 @@ class CompiledSteps:
         compiled = step.lower(state, self._frozen, batch).compile(self._options)
         self._compiled[length] = compiled
         return_freed_memory()
-        memory = compiled.memory_analysis()
-        needed = 0
-        if memory is not None:
-            needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes
-            needed += max(memory.output_size_in_bytes - memory.alias_size_in_bytes, 0)
+        seconds = time.monotonic() - began
+        needs = "" if self._memory is None else self._memory.measure(compiled, state, self._frozen)
         self._show.print(
-            f"Compiled the step for {shape} tokens in {time.monotonic() - began:.1f} s; "
-            f"it needs {needed / 1e6:,.0f} MB"
+            f"Compiled the step for {shape} tokens in {seconds:.1f} s" + (needs and f"; {needs}")
         )
-        limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit", math.inf)
-        if needed > limit:
-            raise _out_of_memory(shape, f"{needed / 1e9:.2f} GB, the device has {limit / 1e9:.2f}")
 
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
-        """Run one step, compiling it first if its length is new.
-
-        Raises:
-            InputError: Memory ran out.
-        """
+        """Run one step, compiling it first if its length is new."""
         length = batch["tokens"].shape[-1]
         if length not in self._compiled:
             self.compile(state, batch)
-        try:
-            state, values = self._compiled[length](state, self._frozen, batch)
-            return state, jax.block_until_ready(values)
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            shape = " x ".join(map(str, batch["tokens"].shape))
-            raise _out_of_memory(shape, str(error).splitlines()[0]) from error
-
-
-def _out_of_memory(shape: str, why: str) -> InputError:
-    return InputError(
-        f"Not enough memory for batches of {shape} tokens: {why}. Try a smaller train.batch_size "
-        'with a larger train.accumulate, train.remat = "full", a smaller data.max_length, or '
-        'method = "qlora".'
-    )
+        state, values = self._compiled[length](state, self._frozen, batch)
+        return state, jax.block_until_ready(values)
 
 
 def check_finite(step: int, values: dict[str, Any], state: TrainState, config: Config) -> None:
