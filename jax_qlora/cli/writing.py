@@ -3,6 +3,7 @@
 
 import contextlib
 import json
+import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +16,12 @@ if TYPE_CHECKING:
     from ..models import Model
 
 
+_QUICK = 2.0  # seconds that need no progress
+
+
 @contextlib.contextmanager
 def progress(name: str) -> Iterator[Callable[[int, int], None]]:
-    """Show on standard error how many parts of a long job are done.
+    """Show on standard error how many parts of a job are done, if it takes long.
 
     Args:
         name: The job, e.g. "writing".
@@ -27,9 +31,12 @@ def progress(name: str) -> Iterator[Callable[[int, int], None]]:
     """
     with Display(Console(stderr=True)) as show:
         phase: Any = None
+        began = time.monotonic()
 
         def update(done: int, total: int) -> None:
             nonlocal phase
+            if time.monotonic() - began < _QUICK:
+                return
             phase = phase or show.phase(name, total, brief=True)
             phase.update(done, "tensors")
 

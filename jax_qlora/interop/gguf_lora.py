@@ -42,7 +42,7 @@ def save_gguf_lora(
 
     Args:
         file: Where to; must not exist, unless `overwrite`.
-        adapter: Path -> LoraPair of the linears of a llama model.
+        adapter: Path -> LoraPair of the linears of the model.
         config: The model's shape.
         name: What the file calls the adapter.
         overwrite: Replace a file that is there.
@@ -71,7 +71,7 @@ def save_gguf_lora(
                 raise InputError(f"The adapter's update of '{weight}' has values not finite.")
             updates += bool(own_a.any() and own_b.any())
             own_b = permute(own_b * factor, heads_of(weight, config))
-            stem = gguf_name(weight)
+            stem = gguf_name(weight, config)
             planned[f"{stem}.lora_a"] = GGUFPlan(_F32, own_a.shape, partial(_same, own_a))
             planned[f"{stem}.lora_b"] = GGUFPlan(_F32, own_b.shape, partial(_same, own_b))
     if not planned:

@@ -1,10 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""GGUF files of the llama architecture, written tensor by tensor: what `gguf.py` reads.
-
-The rows of the query and key projections are permuted, so that rotary pairs are neighbors.
+"""GGUF files, written tensor by tensor: the architectures that `gguf_config.py` has.
 
 References:
-    `conversion/base.py` and `conversion/llama.py` of https://github.com/ggml-org/llama.cpp.
+    `conversion/*.py` of https://github.com/ggml-org/llama.cpp.
 """
 
 import math
@@ -22,7 +20,7 @@ from ..errors import InputError
 from ..models import DecoderConfig
 from ..models.rope import rope_frequencies, scale_frequencies
 from ..typing import PyTree
-from .gguf_config import LAYER_NAMES, TOP_NAMES, config_from_gguf
+from .gguf_config import ARCHITECTURES, TOP_NAMES, Architecture, config_from_gguf
 from .gguf_metadata import GGUFEntry, read_gguf_header
 from .gguf_tokenizer import tokenizer_to_gguf
 from .hf import tensor_indices, tensor_names, tensor_shape
@@ -37,7 +35,6 @@ KINDS = {
     "q8_0": (_Q8_0, LlamaFileType.MOSTLY_Q8_0),
     "q4_0": (_Q4_0, LlamaFileType.MOSTLY_Q4_0),
 }
-_NAMES = {hf: name for name, hf in LAYER_NAMES.items()}
 _TOP = {hf: name for name, hf in TOP_NAMES.items()}
 _CHUNK = 1 << 20  # elements quantized at a time: NumPy makes several copies of them
 
@@ -83,7 +80,7 @@ def save_gguf(
         params: The parameter tree; leaves may be arrays, QuantizedArray or LoraArray.
         config: The model's shape.
         kind: "f32", "f16", "q8_0" or "q4_0".
-        tokenizer: A `transformers` tokenizer with a byte-level BPE.
+        tokenizer: A `transformers` tokenizer, of those that `tokenizer_to_gguf` takes.
         name: What the file calls the model.
         overwrite: Replace a file that is there.
         progress: Called after each tensor.
@@ -92,7 +89,7 @@ def save_gguf(
         What was written.
 
     Raises:
-        InputError: The file is in use; the model is none of the llama architecture; the tokenizer
+        InputError: The file is in use; no architecture says what the model computes; the tokenizer
             is of another kind; a weight is not finite in F16; or the disk is full.
     """
     if kind not in KINDS:
@@ -119,12 +116,37 @@ def save_gguf(
     )
 
 
-def model_metadata(config: DecoderConfig) -> dict[str, Any]:
-    """Return the keys that say what a llama model computes.
+def find_architecture(config: DecoderConfig) -> tuple[str, Architecture]:
+    """Return the architecture of a model's files, with its name.
 
     Args:
         config: The model's shape.
+
+    Raises:
+        InputError: There is none here.
     """
+    family = "llama" if config.family == "mistral" else config.family
+    for name, architecture in ARCHITECTURES.items():
+        if architecture.family == family:
+            return name, architecture
+    known = [architecture.family for architecture in ARCHITECTURES.values()]
+    raise InputError(
+        f"A {config.family} model cannot be written to GGUF here: expected one of "
+        f"{', '.join(known)}, mistral. Write a Hugging Face directory (--format hf) and convert it "
+        "with llama.cpp's convert_hf_to_gguf.py."
+    )
+
+
+def model_metadata(config: DecoderConfig) -> dict[str, Any]:
+    """Return the keys that say what a model computes.
+
+    Args:
+        config: The model's shape.
+
+    Raises:
+        InputError: As `find_architecture`.
+    """
+    architecture, _ = find_architecture(config)
     values: dict[str, Any] = {
         "block_count": config.n_layers,
         "context_length": config.max_length,
@@ -144,34 +166,60 @@ def model_metadata(config: DecoderConfig) -> dict[str, Any]:
             "rope.scaling.type": "linear",
             "rope.scaling.factor": float(config.rope_scaling.factor),
         }
-    return {"general.architecture": "llama"} | {f"llama.{k}": v for k, v in values.items()}
+    if architecture == "gemma3":
+        values |= _gemma3(config)
+    prefixed = {f"{architecture}.{k}": v for k, v in values.items()}
+    return {"general.architecture": architecture} | prefixed
 
 
-def gguf_name(name: str) -> str:
-    """Return what GGUF calls a tensor of a llama checkpoint.
+def _gemma3(config: DecoderConfig) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    if config.sliding_window is not None:
+        local = [window is not None for window in config.windows]
+        values["attention.sliding_window"] = config.sliding_window
+        if local != [(i + 1) % 6 != 0 for i in range(config.n_layers)]:  # the pattern by default
+            values["attention.sliding_window_pattern"] = local
+    if config.local_rope_theta is not None:
+        values["rope.freq_base_swa"] = float(config.local_rope_theta)
+    if config.logit_softcap is not None:
+        values["final_logit_softcapping"] = float(config.logit_softcap)
+    return values
 
-    >>> gguf_name("model.layers.3.self_attn.q_proj.weight")
+
+def gguf_name(name: str, config: DecoderConfig) -> str:
+    """Return what GGUF calls a tensor of a checkpoint.
+
+    >>> from jax_qlora.models.presets import TINY
+    >>> gguf_name("model.layers.3.self_attn.q_proj.weight", TINY)
     'blk.3.attn_q.weight'
-    >>> gguf_name("lm_head.weight")
+    >>> gguf_name("lm_head.weight", TINY)
     'output.weight'
 
+    Args:
+        name: Its name in Hugging Face's checkpoint.
+        config: The model's shape.
+
     Raises:
-        InputError: The llama architecture has no such tensor.
+        InputError: The architecture has no such tensor.
     """
+    architecture, known = find_architecture(config)
+    names = {module: own for own, module in known.names.items()}
     layer, _, rest = name.removeprefix("model.layers.").partition(".")
     module, _, kind = rest.rpartition(".")
     if name in _TOP:
         return _TOP[name]
-    if name.startswith("model.layers.") and module in _NAMES:
-        return f"blk.{layer}.{_NAMES[module]}.{kind}"
+    if name.startswith("model.layers.") and module in names:
+        return f"blk.{layer}.{names[module]}.{kind}"
     raise InputError(
-        f"'{name}' has no place in a GGUF file of the llama architecture. Write the model as a "
-        "Hugging Face directory (--format hf)."
+        f"'{name}' has no place in a GGUF file of the {architecture} architecture. Write the model "
+        "as a Hugging Face directory (--format hf)."
     )
 
 
 def heads_of(name: str, config: DecoderConfig) -> int:
     """Return the number of heads by which a tensor's rows are permuted in GGUF; 0 for none."""
+    if not find_architecture(config)[1].permuted:
+        return 0
     if ".self_attn.q_proj." in name:
         return config.n_heads
     return config.n_kv_heads if ".self_attn.k_proj." in name else 0
@@ -266,6 +314,7 @@ def _add(writer: GGUFWriter, key: str, value: Any) -> None:
 
 def _plan(params: PyTree, config: DecoderConfig, kind: str) -> dict[str, GGUFPlan]:
     planned = {}
+    offset = find_architecture(config)[1].norm_offset
     for path, leaf in checked_leaves(params, config).items():
         shape = tensor_shape(path, config)
         own = KINDS[kind][0] if len(shape) == 2 else _F32
@@ -278,7 +327,9 @@ def _plan(params: PyTree, config: DecoderConfig, kind: str) -> dict[str, GGUFPla
             make = partial(
                 _encoded, leaf, index, path.endswith("/kernel"), own, heads_of(name, config), name
             )
-            planned[gguf_name(name)] = GGUFPlan(own, shape, make)
+            if offset and name.endswith("norm.weight"):
+                make = partial(_add_offset, make, offset)
+            planned[gguf_name(name, config)] = GGUFPlan(own, shape, make)
     scaling = config.rope_scaling
     if scaling is not None and scaling.kind == "llama3":
         plain = rope_frequencies(replace(config, rope_scaling=None))
@@ -308,6 +359,10 @@ def _encoded(
     )
 
 
+def _add_offset(make: Callable[[], np.ndarray], offset: float) -> np.ndarray:
+    return make() + np.float32(offset)
+
+
 def _check_readable(
     metadata: Mapping[str, Any], planned: Mapping[str, GGUFPlan], config: DecoderConfig
 ) -> None:
@@ -327,6 +382,6 @@ def _check_readable(
     ]
     if lost:
         raise InputError(
-            f"A GGUF file of the llama architecture cannot say {', '.join(lost)}. Write the model "
+            f"A GGUF file of a {config.family} model cannot say {', '.join(lost)}. Write the model "
             "as a Hugging Face directory (--format hf)."
         )

@@ -19,10 +19,9 @@ from ..quant import quantize_rows
 from ..tree import nbytes
 from .adapter_files import WEIGHTS_NAME
 from .bnb import STATE, bnb_parts
-from .bnb_write import is_linear
 from .gguf import GGUFTensor
 from .gguf_metadata import GGUFEntry, read_gguf_header
-from .hf import parameter_shapes, tensor_names, tensor_shape
+from .hf import is_linear, parameter_shapes, tensor_names, tensor_shape
 from .load_params import check_tensors
 from .open import open_checkpoint
 from .peft_config import CONFIG_NAME, read_config

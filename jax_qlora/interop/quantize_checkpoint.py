@@ -16,6 +16,7 @@ import numpy as np
 from ..errors import InputError
 from .bnb import bnb_parts
 from .bnb_write import Latest, check_encoding, encode_rows, plan_bnb, quantization_config
+from .hf import is_linear, parameter_shapes, tensor_names
 from .hf_config import config_to_hf
 from .hf_write import MAX_SHARD_BYTES, Progress, SavedModel, count, write_model
 from .load_params import Encoding, check_tensors
@@ -71,6 +72,12 @@ def quantize_checkpoint(
     check_tensors(tensors, config, where=f"'{path}'")
     planned: dict[str, PlannedTensor] = {}
     latest = Latest()
+    linears = {
+        name
+        for parameter in parameter_shapes(config)
+        if is_linear(parameter)
+        for name in tensor_names(parameter, config)
+    }
     for name, tensor in tensors.items():
         if bnb_parts(tensors, name):
             raise InputError(
@@ -78,7 +85,7 @@ def quantize_checkpoint(
                 "as it is."
             )
         dtype = _stored_dtype(tensor) if raw is None else np.dtype(tensor.dtype)
-        if name.startswith("model.layers.") and len(tensor.shape) == 2:
+        if name in linears:
             make = partial(
                 encode_rows, tensor.read, tensor.shape, encoding, where=f"'{path}': '{name}'"
             )

@@ -14,7 +14,7 @@ from .sentencepiece import sentencepiece_bpe
 # Values of `tokenizer.ggml.pre` that are read: the rule that splits text into words.
 _GPT2, _DIGITS, _LLAMA3 = ("gpt-2", "default"), ("smollm",), ("llama-bpe",)
 _QWEN2 = ("qwen2",)
-SPLITS = ("gpt-2", *_DIGITS, *_LLAMA3)  # one name for each rule
+SPLITS = ("gpt-2", *_DIGITS, *_LLAMA3, *_QWEN2)  # one name for each rule
 _LLAMA3_WORDS = (  # llama.cpp, src/llama-vocab.cpp
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"

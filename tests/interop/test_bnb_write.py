@@ -15,6 +15,9 @@ from jax_qlora.interop.bnb_write import encode_rows, save_bnb
 from jax_qlora.interop.load_params import Encoding
 from jax_qlora.interop.quantize_checkpoint import quantize_checkpoint
 from jax_qlora.interop.safetensors import read_directory
+from jax_qlora.lora.array import is_special
+from jax_qlora.quant import QuantizedArray
+from jax_qlora.tree import flatten_paths
 from tests.helpers import GOLDEN, assert_trees_close, normal
 
 MODELS = GOLDEN / "models"
@@ -100,6 +103,25 @@ def test_codes_are_those_of_loading_and_all_files_come_along(tmp_path: Path):
     with pytest.raises(InputError, match="is in 4 bits already"):
         quantize_checkpoint(saved.path, tmp_path / "again", encoding=NF4)
     assert not (tmp_path / "again").exists()
+
+
+@pytest.mark.parametrize("name", ["phi3", "mixtral"])
+def test_other_families(tmp_path: Path, name: str):
+    """Fused linears, and experts: each weight is near what it was, and routers are as they were."""
+    saved = quantize_checkpoint(MODELS / name, tmp_path / "out", encoding=NF4)
+    got = jq.load_model(saved.path)
+    dense = jq.load_model(MODELS / name, quantization=None)
+    assert got.config == dense.config
+    kernels = 0
+    for path, x in flatten_paths(got.params, is_leaf=is_special).items():
+        want = np.asarray(flatten_paths(dense.params)[path], np.float32)
+        if isinstance(x, QuantizedArray):
+            kernels += 1
+            error = np.abs(np.asarray(jq.dequantize(x, jnp.float32)) - want)
+            assert 0 < error.max() < 0.2 * np.abs(want).max()
+        else:
+            np.testing.assert_array_equal(np.asarray(x, np.float32), want, err_msg=path)
+    assert kernels == (4 if name == "phi3" else 7)
 
 
 @pytest.mark.parametrize("shape", [(7, 30), (64, 176), (3, 64), (1, 5)])

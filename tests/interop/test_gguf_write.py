@@ -21,6 +21,7 @@ from jax_qlora.interop.gguf_tokenizer import tokenizer_to_gguf
 from jax_qlora.interop.gguf_write import save_gguf
 from jax_qlora.interop.tokenizer import SPLITS, tokenizer_from_gguf
 from jax_qlora.models import RopeScaling
+from jax_qlora.tree import map_with_path
 from tests.helpers import GOLDEN, assert_trees_close, golden
 from tests.interop.test_gguf import NAMES, TOP, permute
 from tests.tiny import quantized, tiny_model
@@ -129,6 +130,49 @@ def test_scaled_rotary_frequencies(tmp_path: Path, llama: Any, factor: float):
         assert read_gguf(file)[0].rope_scaling == scaling
 
 
+def with_rows(model: Any, rows: int) -> Any:
+    """The model with a row of zeros for each further token of the golden tokenizer."""
+    more = rows - model.config.vocab_size
+    pads = {"embed_tokens/embedding": [(0, more), (0, 0)], "lm_head/kernel": [(0, 0), (0, more)]}
+    params = map_with_path(lambda p, x: jnp.pad(x, pads[p]) if p in pads else x, model.params)
+    config = dataclasses.replace(model.config, vocab_size=rows, eos_token_ids=(2,))
+    return dataclasses.replace(model, config=config, params=params)
+
+
+@pytest.mark.parametrize("name", ["qwen2", "qwen3", "gemma3_text"])
+def test_other_architectures(tmp_path: Path, llama: Any, name: str):
+    """Read back as the same function of the same parameters; `test_gguf.py` has their logits."""
+    model = with_rows(jq.load_model(MODELS / name, quantization=None), 320)
+    file = tmp_path / "m.gguf"
+    save_gguf(file, model.params, model.config, kind="f32", tokenizer=llama.tokenizer)
+    again = jq.load_model(file, quantization=None)
+    tokens = {"bos_token_id": 1, "eos_token_ids": (2,), "pad_token_id": 0}
+    assert dataclasses.replace(again.config, **tokens) == dataclasses.replace(
+        model.config, **tokens
+    )
+    want = jax.tree.map(lambda x: x.astype(jnp.float32), model.params)
+    assert_trees_close(again.params, want, atol=1e-7)  # one plus the weight, and minus one
+    targets = jq.find_targets(model.apply, model.params, jnp.ones((1, 4), jnp.int32))
+    adapter = jq.init_adapter(jax.random.key(1), targets.select(["q_proj"]), rank=2)
+    saved = save_gguf_lora(tmp_path / "a.gguf", jax.tree.map(jnp.ones_like, adapter), model.config)
+    b = tensors_of(saved.path)["blk.0.attn_q.weight.lora_b"][1]
+    np.testing.assert_array_equal(b, np.ones_like(b))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("mistral_sharded", "cannot say sliding_window = 6"),
+        ("phi3", "A phi3 model cannot be written to GGUF here: expected one of llama, qwen2"),
+    ],
+)
+def test_architectures_that_are_not_written(tmp_path: Path, llama: Any, name: str, message: str):
+    model = jq.load_model(MODELS / name, quantization=None)
+    with pytest.raises(InputError, match=message):
+        save_gguf(tmp_path / "m.gguf", model.params, model.config, tokenizer=llama.tokenizer)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_what_cannot_be_written(tmp_path: Path, llama: Any):
     file = tmp_path / "m.gguf"
 
@@ -139,8 +183,11 @@ def test_what_cannot_be_written(tmp_path: Path, llama: Any):
         write(kind="q3")
     with pytest.raises(InputError, match="needs a tokenizer"):
         write(tokenizer=None)
-    with pytest.raises(InputError, match="expected a byte-level BPE.* found Letters"):
+    with pytest.raises(InputError, match="expected a SentencePiece BPE, or a byte.* found Letters"):
         write(tokenizer=tiny_model().tokenizer)
+    small = tiny_model()  # of 96 tokens
+    with pytest.raises(InputError, match="a token of number 319, and the model's embedding 96"):
+        write(small.params, small.config)
     huge = jax.tree.map(lambda x: x * 1e6, llama.params)
     with pytest.raises(InputError, match="values that are not finite in float16"):
         write(huge, kind="f16")
@@ -220,3 +267,31 @@ def test_a_tokenizer_comes_back(llama: Any, rule: str, bos: bool):
     assert wider["tokenizer.ggml.tokens"][320:] == ["[PAD320]", "[PAD321]"]
     assert wider["tokenizer.ggml.token_type"][319:] == [1, 5, 5]
     assert wider["tokenizer.ggml.eot_token_id"] == 6
+
+
+@pytest.mark.parametrize("space_prefix", [False, True], ids=["gemma", "llama"])
+def test_a_sentencepiece_tokenizer_comes_back(llama: Any, space_prefix: bool):
+    space = "\u2581"
+    pieces = ["<unk>", "<s>", "</s>", "<0x61>", "<0xC3>", "<0xA9>", space, "b", "c", "bc"]
+    pieces += [space + "b", space + "bc", "cb", "<end>"]
+    metadata = {
+        "general.architecture": "llama",
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": pieces,
+        "tokenizer.ggml.scores": [0.0] * 9 + [-1.0, -0.5, -2.0, -0.25, 0.0],
+        "tokenizer.ggml.token_type": [2, 3, 3, 6, 6, 6, 1, 1, 1, 1, 1, 1, 1, 4],
+        "tokenizer.ggml.add_space_prefix": space_prefix,
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+        "tokenizer.ggml.unknown_token_id": 0,
+    }
+    tokenizer = tokenizer_from_gguf(metadata)
+    config = dataclasses.replace(llama.config, vocab_size=15, eos_token_ids=(2,))
+    written = tokenizer_to_gguf(tokenizer, config)
+    assert written["tokenizer.ggml.tokens"] == [*pieces, "[PAD14]"]
+    assert written["tokenizer.ggml.token_type"] == [*metadata["tokenizer.ggml.token_type"], 5]
+    assert written["tokenizer.ggml.add_space_prefix"] == space_prefix
+    again = tokenizer_from_gguf({"general.architecture": "llama"} | written)
+    for text in ("bc b cbc", "cb  bcb", "ab\u00e9<end>c", "", " b"):
+        ids = tokenizer(text)["input_ids"]
+        assert again(text)["input_ids"] == ids and ids[0] == 1

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """GGUF files run by llama.cpp itself, where the package llama-cpp-python is installed."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import jax_qlora as jq
 from jax_qlora.interop.gguf_lora import save_gguf_lora
 from jax_qlora.interop.gguf_write import save_gguf
 from tests.helpers import GOLDEN
+from tests.interop.test_gguf_write import with_rows
 
 pytestmark = [pytest.mark.reference, pytest.mark.filterwarnings("ignore")]
 
@@ -89,6 +91,21 @@ def test_a_model(llama_cpp: Any, model: Any, tmp_path: Path, kind: str, toleranc
     assert np.ptp(want) > 20 * tolerance
     text = "tau omega"
     assert llm.tokenize(text.encode(), add_bos=True) == model.tokenizer(text)["input_ids"]
+
+
+@pytest.mark.parametrize(
+    ("name", "tolerance"), [("qwen2", 5e-5), ("qwen3", 5e-5), ("gemma3_text", 5e-3)]
+)
+def test_other_architectures(
+    llama_cpp: Any, model: Any, tmp_path: Path, name: str, tolerance: float
+):
+    """Of Gemma 3 the window is shorter than the text; llama.cpp looks its GELU up in float16."""
+    other = with_rows(jq.load_model(GOLDEN / "models" / name, quantization=None), 320)
+    other = dataclasses.replace(other, tokenizer=model.tokenizer)
+    llm = run(llama_cpp, write(tmp_path / "m.gguf", other, other.params))
+    want = ours(other, other.params)
+    np.testing.assert_allclose(logits(llm), want, atol=tolerance)
+    assert np.ptp(want) > 1
 
 
 def test_an_adapter(llama_cpp: Any, model: Any, adapter: Any, tmp_path: Path):
