@@ -52,14 +52,11 @@ def run(args: Sequence[str]) -> int:
     Raises:
         InputError: No such subcommand, bad arguments, or adapters that do not go together.
     """
-    subcommand = args[0] if args else ""
-    if subcommand != "combine":
-        if subcommand in ("", "-h", "--help"):
-            print("usage: jax-qlora adapters combine OUTPUT ADAPTER ... --method METHOD")
-            print("       jax-qlora adapters combine --help")
-            return 0 if subcommand else 2
+    if not args or args[0] in ("-h", "--help"):
+        args = ["combine", "--help"]
+    if args[0] != "combine":
         raise InputError(
-            f"'adapters {subcommand}' is no command.{nearest(subcommand, ['combine'])} "
+            f"'adapters {args[0]}' is no command.{nearest(args[0], ['combine'])} "
             "Expected: adapters combine."
         )
     arguments = parse(Arguments, args[1:], prog="jax-qlora adapters combine")

@@ -70,7 +70,7 @@ def fit(
         InputError: Unknown model, GPU or setting, or a combination that cannot be.
 
     >>> report = fit("smollm2-135m", gpu="t4", prove=False, rank=8)
-    >>> report.fits, report.device_bytes < 2 * GIB
+    >>> report.fits, report.device_bytes < 2 * 2**30
     (True, True)
     """
     decoder, name = read_decoder(model)
