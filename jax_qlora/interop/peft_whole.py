@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What an adapter of PEFT holds beside updates: whole modules, biases, and rows of tokens."""
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,7 @@ from ..lora.array import is_special, materialize
 from ..models import Model
 from ..quant.layout import KernelLayout
 from ..tree import flatten_paths
-from .hf import tensor_names, tensor_shape
+from .hf import n_lead, tensor_indices, tensor_names, tensor_shape
 from .peft_config import PeftConfig
 
 PREFIX = "base_model.model."
@@ -27,13 +28,13 @@ class Whole:
 
     Attributes:
         path: The parameter.
-        layer: Index in its stack, or None.
+        index: Layer, and expert, in its stack; empty for a parameter that is not stacked.
         shape: The tensor's shape in the file.
         tokens: Which rows it replaces, or None for the whole parameter.
     """
 
     path: str
-    layer: int | None
+    index: tuple[int, ...]
     shape: tuple[int, ...]
     tokens: tuple[int, ...] | None = None
 
@@ -51,13 +52,10 @@ def whole_tensors(config: PeftConfig, model: Model, targets: Iterable[str]) -> d
     """
     targets, found = set(targets), {}
     for path in _paths(model):
-        for layer, name in enumerate(tensor_names(path, model.config)):
+        names = tensor_names(path, model.config)
+        for index, name in zip(tensor_indices(path, model.config), names, strict=True):
             module, _, kind = name.rpartition(".")
-            entry = Whole(
-                path=path,
-                layer=layer if path.startswith("layers/") else None,
-                shape=tensor_shape(path, model.config),
-            )
+            entry = Whole(path=path, index=index, shape=tensor_shape(path, model.config))
             if config.is_saved(module):
                 if path == "embed_tokens/embedding" and model.config.tied:
                     _check_tied(config.tied, "modules_to_save")
@@ -72,7 +70,7 @@ def whole_tensors(config: PeftConfig, model: Model, targets: Iterable[str]) -> d
                     if module == end or module.endswith(f".{end}"):
                         shape = (len(indices), entry.shape[-1])
                         found[PREFIX + module + _TOKENS] = Whole(
-                            path=path, layer=None, shape=shape, tokens=indices
+                            path=path, index=(), shape=shape, tokens=indices
                         )
     return found
 
@@ -94,7 +92,7 @@ def _check_tied(tied: bool, what: str) -> None:
 def read_whole(
     entries: Mapping[str, Whole], tensors: Mapping[str, np.ndarray], model: Model
 ) -> dict[str, Any]:
-    """The trained weights and rows by path; layers that are left out keep the base's.
+    """The trained weights and rows by path; layers and experts left out keep the base's.
 
     Args:
         entries: From `whole_tensors`.
@@ -103,7 +101,7 @@ def read_whole(
     """
     leaves = flatten_paths(model.params, is_leaf=is_special)
     adapter: dict[str, Any] = {}
-    stacks: dict[str, dict[int | None, np.ndarray]] = {}
+    stacks: dict[str, dict[tuple[int, ...], np.ndarray]] = {}
     for key, entry in entries.items():
         if entry.tokens is not None:
             layout = _vocabulary(entry.path, tuple(leaves[entry.path].shape))
@@ -111,13 +109,13 @@ def read_whole(
             adapter[entry.path] = TokenRows(rows=rows, indices=entry.tokens, layout=layout)
             continue
         value = tensors[key].T if entry.path.endswith("/kernel") else tensors[key]
-        stacks.setdefault(entry.path, {})[entry.layer] = value
-    for path, layers in stacks.items():
+        stacks.setdefault(entry.path, {})[entry.index] = value
+    for path, parts in stacks.items():
         shape = tuple(leaves[path].shape)
-        partly = None not in layers and len(layers) < shape[0]
+        partly = len(parts) < math.prod(shape[: n_lead(path)])
         full = np.array(materialize(leaves[path], jnp.float32)) if partly else np.empty(shape, "f")
-        for layer, value in layers.items():
-            full[... if layer is None else layer] = value
+        for index, value in parts.items():
+            full[index] = value
         adapter[path] = jnp.asarray(full)
     return adapter
 
@@ -167,8 +165,9 @@ def write_whole(
                 f"the adapter trains '{path}' as a whole and not {sorted(siblings - arrays)}: "
                 "expected all weights of a module, as PEFT saves modules. Train them too."
             )
-        for layer, name in zip(full if path.startswith("layers/") else [full], names, strict=True):
-            weight = np.ascontiguousarray(layer.T if path.endswith("/kernel") else layer)
+        for index, name in zip(tensor_indices(path, model.config), names, strict=True):
+            part = full[index]
+            weight = np.ascontiguousarray(part.T if path.endswith("/kernel") else part)
             own = name.rpartition(".")[0]
             if alone:
                 biases.add(name)

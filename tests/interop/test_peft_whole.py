@@ -159,3 +159,26 @@ def test_what_cannot_be_said(tiny: Any, tmp_path: Path):
     with pytest.raises(jq.InputError, match="was replaced by a trained weight"):
         jq.unmerge(tiny.params, {"norm/scale": tiny.params["norm"]["scale"]})
     assert not any(tmp_path.iterdir())
+
+
+def test_whole_experts_keep_their_layer_and_number(tmp_path: Path):
+    model = tiny_model(family="mixtral", n_experts=2, experts_per_token=1)
+    path = "layers/mlp/experts/gate_proj/kernel"
+    adapter = adapter_of(model, ["q_proj"]) | changed(jq.train_whole(model.params, [path]))
+    save_adapter(tmp_path / "a", adapter, model)
+    tensors = load_file(tmp_path / "a" / "adapter_model.safetensors")
+    stem = "base_model.model.model.layers.{}.block_sparse_moe.experts.{}.w1"
+    np.testing.assert_array_equal(tensors[stem.format(2, 1) + ".weight"].T, adapter[path][2, 1])
+    assert_trees_close(load_adapter(tmp_path / "a", model), adapter)
+    # only some are saved: the others keep the base's
+    config, kept = config_of(tmp_path / "a"), [(1, 0), (2, 0), (2, 1)]
+    names = [stem.format(*index).removeprefix("base_model.model.") for index in kept]
+    config["modules_to_save"] = names
+    (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(config))
+    names = [f"base_model.model.{name}.weight" for name in names]
+    tensors = {k: x for k, x in tensors.items() if ".experts." not in k or k in names}
+    save_file(tensors, tmp_path / "a" / "adapter_model.safetensors")
+    want = np.array(model.params["layers"]["mlp"]["experts"]["gate_proj"]["kernel"])
+    for index in kept:
+        want[index] = adapter[path][index]
+    np.testing.assert_array_equal(load_adapter(tmp_path / "a", model)[path], want)
