@@ -57,6 +57,12 @@ def run(args: Sequence[str]) -> int:
     name, adapter_path, settings = complete(arguments)
     settings.setdefault("quantization", "nf4")
     directories = _named(arguments.compare, adapter_path)
+    if directories and "start" in settings:
+        raise InputError(
+            f"--compare: the run '{arguments.run}' started from {settings['start'].lora.init}, so "
+            "its 4-bit base is its own: expected a base that all adapters share. Compare on the "
+            "dense model (--quantization none), or answer with one adapter at a time."
+        )
     model, adapter = load(name, None if directories else adapter_path, settings)
 
     import jax

@@ -58,9 +58,16 @@ def complete(source: Source) -> tuple[str, str | None, dict[str, Any]]:
             settings["block_size"] = config.quant.block_size
             settings["double_quant"] = config.quant.double_quant
             settings["embeddings"] = config.quant.embeddings
-            own = source.model is source.adapter is source.quantization is None
+            own = source.model is source.adapter is None
             if own and config.method == "qlora" and config.lora.init not in PLAIN_INITS:
-                settings["start"] = config  # what was quantized are not the weights as they are
+                if source.quantization not in (None, "none", config.quant.format):
+                    raise InputError(
+                        f"--quantization {source.quantization}: '{run}' started from "
+                        f"{config.lora.init}, whose base is in {config.quant.format}. Leave "
+                        "--quantization out, or give none to add the adapter to dense weights."
+                    )
+                if source.quantization != "none":
+                    settings["start"] = config  # what was quantized are not the weights themselves
         if adapter is not None and not Path(adapter).exists():
             raise InputError(
                 f"--run: '{run}' has no adapter yet: expected '{adapter}'. The run is not "

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 import jax_qlora as jq
+from jax_qlora.cli.loading import Source, complete
 from jax_qlora.cli.main import main
 
 from ..helpers import GOLDEN, ROOT
@@ -185,6 +186,31 @@ def test_preview_shows_what_is_learned(capsys):
     assert main(["preview", *COMMON, "--json"]) == 0
     figures = json.loads(capsys.readouterr().out)
     assert figures["examples"] == 18 and figures["tokens"]["most"] <= 64
+
+
+@pytest.fixture
+def pissa(tmp_path):
+    """A run whose base is its own: 4 bits of what PiSSA leaves of the weights."""
+    run = tmp_path / "pissa"
+    (run / "adapter").mkdir(parents=True)
+    (run / "config.toml").write_text(f'model = "{LLAMA}"\n[lora]\ninit = "pissa"\n')
+    return str(run)
+
+
+def test_a_run_with_a_base_of_its_own_keeps_it(pissa):
+    for given in (None, "nf4"):
+        settings = complete(Source(run=pissa, quantization=given))[2]
+        assert settings["start"].lora.init == "pissa"
+    name, adapter, settings = complete(Source(run=pissa, quantization="none"))
+    assert (name, adapter) == (LLAMA, f"{pissa}/adapter")
+    assert "start" not in settings and settings["quantization"] is None
+    with pytest.raises(jq.InputError, match="fp4: '.*' started from pissa, whose base is in nf4"):
+        complete(Source(run=pissa, quantization="fp4"))
+
+
+def test_a_run_with_a_base_of_its_own_is_not_compared(pissa, tmp_path, capsys):
+    assert main(["generate", "--run", pissa, "--compare", f"x={tmp_path}", "hi"]) == 2
+    assert "its 4-bit base is its own: expected a base that all" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
