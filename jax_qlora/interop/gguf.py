@@ -30,7 +30,7 @@ _PLAIN = {
     GGMLQuantizationType.BF16: np.dtype(jnp.bfloat16),
 }
 # Llama 3 files hold no parameters of the scaling, only its result: these are the published ones.
-_LLAMA3_SCALINGS = (
+LLAMA3_SCALINGS = (
     RopeScaling(kind="llama3", factor=8.0),
     RopeScaling(kind="llama3", factor=32.0),
 )
@@ -192,7 +192,7 @@ def _recognize(factors: GGUFTensor, config: DecoderConfig) -> RopeScaling:
     """Find the scaling whose frequencies are the plain ones divided by `factors`."""
     plain = rope_frequencies(config)
     wanted = factors.read().reshape(-1)
-    for scaling in _LLAMA3_SCALINGS:
+    for scaling in LLAMA3_SCALINGS:
         if wanted.shape == plain.shape:
             found = plain / scale_frequencies(plain, scaling)
             if np.allclose(found, wanted, rtol=1e-3):

@@ -128,7 +128,8 @@ def config_from_gguf(
     if take("rope.dimension_count", head_dim) != head_dim:
         raise InputError(f"{where}: only a part of each head is rotated, which is not implemented.")
     scaling = None
-    kind, factor = take("rope.scaling.type", "none"), take("rope.scaling.factor", 1.0)
+    factor = take("rope.scaling.factor", 1.0)
+    kind = take("rope.scaling.type", "none" if factor in (0, 1) else "linear")  # llama.cpp's rule
     take("rope.scaling.original_context_length", None)
     if kind == "linear":
         scaling = RopeScaling(kind="linear", factor=factor)

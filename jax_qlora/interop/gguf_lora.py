@@ -19,7 +19,7 @@ from gguf import GGMLQuantizationType
 from ..errors import InputError
 from ..lora import LoraPair
 from ..models import DecoderConfig
-from .gguf_write import GGUFPlan, gguf_name, heads_of, model_metadata, permute, write_gguf
+from .gguf_write import GGUFPlan, find_architecture, gguf_name, heads_of, permute, write_gguf
 from .hf import parameter_shapes, tensor_names
 from .hf_write import Progress, SavedModel
 
@@ -79,7 +79,7 @@ def save_gguf_lora(
             f"The adapter to write to '{file}' changes nothing: expected at least one update that "
             "is not zero in both factors."
         )
-    architecture = model_metadata(config)["general.architecture"]
+    architecture, _ = find_architecture(config)
     metadata: dict[str, Any] = {"general.architecture": architecture, "general.type": "adapter"}
     metadata |= {"general.name": name} if name else {}
     metadata |= {"adapter.type": "lora", "adapter.lora.alpha": float(alphas[0])}

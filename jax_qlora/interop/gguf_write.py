@@ -20,6 +20,7 @@ from ..errors import InputError
 from ..models import DecoderConfig
 from ..models.rope import rope_frequencies, scale_frequencies
 from ..typing import PyTree
+from .gguf import LLAMA3_SCALINGS
 from .gguf_config import ARCHITECTURES, TOP_NAMES, Architecture, config_from_gguf
 from .gguf_metadata import GGUFEntry, read_gguf_header
 from .gguf_tokenizer import tokenizer_to_gguf
@@ -177,8 +178,13 @@ def _gemma3(config: DecoderConfig) -> dict[str, Any]:
     if config.sliding_window is not None:
         local = [window is not None for window in config.windows]
         values["attention.sliding_window"] = config.sliding_window
-        if local != [(i + 1) % 6 != 0 for i in range(config.n_layers)]:  # the pattern by default
-            values["attention.sliding_window_pattern"] = local
+        if local != [(i + 1) % 6 != 0 for i in range(config.n_layers)]:
+            # llama.cpp reads a period, of 6 without the key, and some versions read no key.
+            raise InputError(
+                "A GGUF file of a gemma3 model cannot say which layers see a window, unless all "
+                f"do but each sixth; expected that, found {local}. Write the model as a Hugging "
+                "Face directory (--format hf)."
+            )
     if config.local_rope_theta is not None:
         values["rope.freq_base_swa"] = float(config.local_rope_theta)
     if config.logit_softcap is not None:
@@ -373,11 +379,15 @@ def _check_readable(
     }
     tokens = ("bos_token_id", "eos_token_ids", "pad_token_id")  # with the tokenizer
     again = vars(config_from_gguf(metadata, entries))
+    # llama.cpp has a place for the factors in this architecture, and `read_gguf` knows these.
+    factors = metadata["general.architecture"] == "llama" and (
+        config.rope_scaling in LLAMA3_SCALINGS
+    )
     lost = [
         f"{field} = {value!r}"
         for field, value in vars(config).items()
         if field not in ("family", *tokens)
-        and not (field == "rope_scaling" and "rope_freqs.weight" in planned)
+        and not (field == "rope_scaling" and factors)
         and again[field] != value
     ]
     if lost:

@@ -18,6 +18,7 @@ from jax_qlora.interop.download import cache_directory, resolve
 from jax_qlora.interop.gguf import config_from_gguf, read_gguf
 from jax_qlora.interop.gguf_metadata import read_gguf_header
 from jax_qlora.interop.hf_config import read_config
+from jax_qlora.models import RopeScaling
 from jax_qlora.models.presets import SMOLLM2_135M
 from jax_qlora.models.rope import rope_frequencies
 from jax_qlora.quant import QuantizedArray
@@ -152,8 +153,6 @@ def llama3_factors(factor: float = 32.0) -> np.ndarray:
     """What llama.cpp's converter stores for the fixture's heads under Llama 3.2's parameters."""
     import dataclasses
 
-    from jax_qlora.models import RopeScaling
-
     config, _ = read_config(MODELS / "llama_rope3_tied")
     plain = rope_frequencies(dataclasses.replace(config, rope_scaling=None))
     scaling = RopeScaling(kind="llama3", factor=factor)
@@ -190,6 +189,13 @@ def test_linear_scaling_and_biases(tmp_path: Path):
     np.testing.assert_array_equal(
         model.params["layers"]["self_attn"]["q_proj"]["bias"][1].astype(jnp.float32), bias
     )
+
+
+def test_a_rotary_factor_without_a_type_is_linear(tmp_path: Path):
+    """As llama.cpp takes it, to which 0 is none."""
+    for factor, want in ((4.0, RopeScaling(kind="linear", factor=4.0)), (1.0, None), (0.0, None)):
+        file = write_gguf(tmp_path / "m.gguf", add={"rope.scaling.factor": factor})
+        assert read_gguf(file)[0].rope_scaling == want
 
 
 def test_storage_of_a_quantized_model(tmp_path: Path):

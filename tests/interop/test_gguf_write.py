@@ -21,6 +21,7 @@ from jax_qlora.interop.gguf_tokenizer import tokenizer_to_gguf
 from jax_qlora.interop.gguf_write import save_gguf
 from jax_qlora.interop.tokenizer import SPLITS, tokenizer_from_gguf
 from jax_qlora.models import RopeScaling
+from jax_qlora.models.model import decoder_functions
 from jax_qlora.tree import map_with_path
 from tests.helpers import GOLDEN, assert_trees_close, golden
 from tests.interop.test_gguf import NAMES, TOP, permute
@@ -139,10 +140,43 @@ def with_rows(model: Any, rows: int) -> Any:
     return dataclasses.replace(model, config=config, params=params)
 
 
+def with_six_layers(model: Any) -> Any:
+    """Gemma 3's fixture, its three layers twice, with the windows of the real models."""
+    layers = jax.tree.map(lambda x: jnp.concatenate([x, x]), model.params["layers"])
+    config = dataclasses.replace(model.config, n_layers=6, local_layers=(True,) * 5 + (False,))
+    return dataclasses.replace(
+        model,
+        config=config,
+        params=model.params | {"layers": layers},
+        functions=decoder_functions(config, transform=jq.lift),
+    )
+
+
+def test_windows_that_llama_cpp_would_not_see(tmp_path: Path, llama: Any):
+    """It reads a period and no list, and not every version reads that: six is what all have."""
+    model = with_rows(jq.load_model(MODELS / "gemma3_text", quantization=None), 320)
+    assert model.config.local_layers == (True, True, False)
+    with pytest.raises(InputError, match=r"each sixth; .* found \[True, True, False\]"):
+        save_gguf(tmp_path / "m.gguf", model.params, model.config, tokenizer=llama.tokenizer)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_rotary_factors_that_no_reader_would_take(tmp_path: Path, llama: Any):
+    """Found before the file is written: factors of no known model, or where they have no place."""
+    for name, factor in (("llama", 4.0), ("qwen2", 8.0)):
+        model = with_rows(jq.load_model(MODELS / name, quantization=None), 320)
+        scaling = RopeScaling(kind="llama3", factor=factor)
+        config = dataclasses.replace(model.config, rope_scaling=scaling)
+        with pytest.raises(InputError, match=f"of a {name} model cannot say rope_scaling = Rope"):
+            save_gguf(tmp_path / "m.gguf", model.params, config, tokenizer=llama.tokenizer)
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("name", ["qwen2", "qwen3", "gemma3_text"])
 def test_other_architectures(tmp_path: Path, llama: Any, name: str):
     """Read back as the same function of the same parameters; `test_gguf.py` has their logits."""
     model = with_rows(jq.load_model(MODELS / name, quantization=None), 320)
+    model = with_six_layers(model) if name == "gemma3_text" else model
     file = tmp_path / "m.gguf"
     save_gguf(file, model.params, model.config, kind="f32", tokenizer=llama.tokenizer)
     again = jq.load_model(file, quantization=None)
