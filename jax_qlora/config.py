@@ -154,8 +154,9 @@ class TrainConfig:
     outputs of linears, or everything but the input of each layer; "offload" also keeps these inputs
     in host memory."""
     layer_chunk: Annotated[int, Range(256)] = 2048
-    """With remat "full" and "offload": tokens that go through a layer at once. Fewer take less
-    memory; the 4-bit weights are decoded once for each chunk."""
+    """With remat "full" and "offload": tokens that go through a layer at once, all rows of a batch
+    together, but 256 of each row at least. Fewer take less memory; the 4-bit weights are decoded
+    once for each chunk."""
     loss_chunk: Count = 1024
     """Answer tokens whose logits exist at once."""
     checkpoint_every: Count = 50

@@ -116,6 +116,12 @@ def _kinds(config: Config, seq: int, host: bool) -> Iterator[list[Option]]:
         for n in range(rows - 1, 0, -1)
         if rows % n == 0
     ]
+    halves = {"train.loss_chunk": (train.loss_chunk, 128)}
+    if train.remat in ("full", "offload"):
+        halves["train.layer_chunk"] = (train.layer_chunk, 256)
+    for key, (now, least) in halves.items():
+        smaller = [now >> n for n in range(1, now.bit_length()) if now >> n >= least]
+        yield [({key: n}, "the same step in more parts") for n in smaller]
     if host and optim.placement == "device":
         yield [({"optim.placement": "host"}, "the same bits; moments cross the bus twice a step")]
     if config.method == "qlora" and not quant.double_quant:
@@ -128,6 +134,8 @@ def _kinds(config: Config, seq: int, host: bool) -> Iterator[list[Option]]:
     yield [({"train.remat": name}, _REMAT[name]) for name in later]
     if host and config.method == "qlora" and not quant.streamed:
         yield [({"quant.streamed": True}, "the same bits; weights cross the bus twice a step")]
+    if config.method == "qlora" and not quant.embeddings:
+        yield [({"quant.embeddings": True}, "embedding and head are held in 4 bits")]
     methods = {"lora": ["qlora"], "full": ["lora", "qlora"]}.get(config.method, [])
     words = {"lora": "an adapter trains, not every weight", "qlora": "weights are held in 4 bits"}
     yield [({"method": name}, words[name]) for name in methods]

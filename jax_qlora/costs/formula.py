@@ -10,7 +10,8 @@ import functools
 import math
 
 from ..config import Config
-from ..lora import Target, Targets
+from ..interop.load_params import is_quantized
+from ..lora import Targets
 from ..lora.targets import pick_by_pattern
 from ..models import DecoderConfig, abstract_params
 from ..models.layer import MLP_TOKENS
@@ -60,22 +61,17 @@ def estimate(decoder: DecoderConfig, config: Config, targets: Targets | None, *,
         parameters = weights
     else:
         base = 2 * weights + 2 * _norms(decoder)  # norms are float32
+        for lead, rows, cols in _quantized(decoder, config):
+            codes, extra = (math.prod(lead) * n for n in _packed(rows, cols, config))
+            base -= 2 * math.prod(lead) * rows * cols
+            if config.quant.streamed and lead:
+                streamed += codes + extra
+            else:
+                base, constants = base + codes, constants + extra
         for target in chosen:
-            if config.method == "qlora":
-                codes, extra = _quantized(target, config)
-                base -= 2 * math.prod(target.shape)
-                if config.quant.streamed:
-                    streamed += codes + extra
-                else:
-                    base, constants = base + codes, constants + extra
             rank = pick_by_pattern(target.path, config.lora.rank_pattern, config.lora.rank)
             rows, cols = target.layout.rows, target.layout.cols
             adapter += math.prod(target.lead) * rank * (rows + cols)
-        if config.method == "qlora" and config.quant.embeddings:
-            codes, extra = _packed(decoder.vocab_size, decoder.d_model, config)
-            tables = 1 if decoder.tied else 2
-            base += tables * (codes - 2 * decoder.vocab_size * decoder.d_model)
-            constants += tables * extra
         trainable, parameters = 4 * adapter, adapter
     each = {"float32": 8.0, "bfloat16": 4.0, "8bit": 2 + 8 / 256}[config.optim.state]
     moments = int(each * parameters)
@@ -87,7 +83,9 @@ def estimate(decoder: DecoderConfig, config: Config, targets: Targets | None, *,
         constants=constants,
         trainable=trainable,
         optimizer=0 if on_host else moments,
-        temporaries=_temporaries(decoder, config, trainable, seq),
+        temporaries=_temporaries(
+            decoder, config, trainable, seq, fetched=streamed // decoder.n_layers
+        ),
         host=streamed
         + (moments if on_host else 0)
         + (inputs if config.train.remat == "offload" else 0),
@@ -109,11 +107,17 @@ def _kv(decoder: DecoderConfig) -> int:
     return decoder.n_kv_heads * decoder.head_dim
 
 
-def _quantized(target: Target, config: Config) -> tuple[int, int]:
-    """Bytes of the codes and of the constants of a stacked kernel."""
-    codes, constants = _packed(target.layout.rows, target.layout.cols, config)
-    lead = math.prod(target.lead)
-    return lead * codes, lead * constants
+def _quantized(decoder: DecoderConfig, config: Config) -> list[tuple[tuple[int, ...], int, int]]:
+    """What is in 4 bits: leading axes, rows and columns of each."""
+    if config.method != "qlora":
+        return []
+    embeddings, found = config.quant.embeddings, []
+    for path, x in flatten_paths(abstract_params(decoder)).items():
+        if is_quantized(path, embeddings=embeddings):
+            *lead, m, n = x.shape
+            rows, cols = (n, m) if path.endswith("/kernel") else (m, n)
+            found.append((tuple(lead), rows, cols))
+    return found
 
 
 def _packed(rows: int, cols: int, config: Config) -> tuple[int, int]:
@@ -126,7 +130,10 @@ def _packed(rows: int, cols: int, config: Config) -> tuple[int, int]:
     return blocks * size // 2, constants
 
 
-def _temporaries(decoder: DecoderConfig, config: Config, trainable: int, seq: int) -> int:
+def _temporaries(
+    decoder: DecoderConfig, config: Config, trainable: int, seq: int, *, fetched: int
+) -> int:
+    """The rest; `fetched` are the bytes of a streamed layer, which is on the device while used."""
     tokens, d, layers = config.train.batch_size * seq, decoder.d_model, decoder.n_layers
     q, kv, ff = decoder.n_heads * decoder.head_dim, _kv(decoder), decoder.d_ff
     looped = config.train.remat in ("full", "offload")
@@ -144,8 +151,7 @@ def _temporaries(decoder: DecoderConfig, config: Config, trainable: int, seq: in
         working += stream + 12 * tokens * kv + chunk * (12 * d + 8 * q + 10 * ff)
     else:
         working += tokens * (12 * d + 8 * q + 2 * kv) + _gated(seq, tokens, ff)
-    if config.quant.streamed:
-        working += (2 * d * q + 2 * d * kv + 3 * d * ff) // 2  # one layer, packed
+    working += fetched
     logits = stream + 8 * min(config.train.loss_chunk, tokens) * decoder.vocab_size
     accumulated = trainable if config.train.accumulate > 1 else 0
     return saved + max(trainable + working, logits) + accumulated

@@ -76,10 +76,12 @@ def model_flops(
 
 
 def _kernels(decoder: DecoderConfig) -> int:
-    """Weights of all linears of the layers."""
+    """Weights of the linears of the layers that a token goes through."""
     d, q = decoder.d_model, decoder.n_heads * decoder.head_dim
     kv = decoder.n_kv_heads * decoder.head_dim
-    return decoder.n_layers * (2 * d * q + 2 * d * kv + 3 * d * decoder.d_ff)
+    router, experts = d * decoder.n_experts, max(decoder.experts_per_token, 1)
+    mlp = router + experts * 3 * d * decoder.d_ff
+    return decoder.n_layers * (2 * d * q + 2 * d * kv + mlp)
 
 
 def peak_flops(device_kind: str) -> float | None:

@@ -57,6 +57,16 @@ EMBEDDINGS = ("embed_tokens/embedding", "lm_head/kernel")
 """Paths of the tables with one row, or column, for each token of the vocabulary."""
 
 
+def is_quantized(path: str, *, embeddings: bool) -> bool:
+    """Return whether a loaded model has a parameter in 4 bits.
+
+    Args:
+        path: Of the parameter.
+        embeddings: Whether the embedding and the output head are quantized as well.
+    """
+    return is_linear(path) or (embeddings and path in EMBEDDINGS)
+
+
 class Encoding(NamedTuple):
     """How the linears of the layers are quantized; as in `quantize_rows`."""
 

@@ -20,6 +20,8 @@ from .config import DecoderConfig
 from .layers import GATED, LINEAR_OUTPUT, Linear
 from .matmul import matmul
 
+_KEPT = jax.checkpoint_policies.save_only_these_names(LINEAR_OUTPUT)
+
 MAX_BLOCK = 128
 """Tokens of one block, at most."""
 
@@ -94,6 +96,8 @@ class MixtureOfExperts(nnx.Module):
         def one(experts: Experts, x: Array, expert: Array) -> Array:
             return experts(x, expert)
 
+        # else the backward would keep, for every block, the kernels of its expert
+        one = nnx.remat(one, prevent_cse=False, policy=_KEPT)
         y = nnx.scan(one, in_axes=(None, 0, 0), out_axes=0)(self.experts, blocks, plan.experts)
         y = y.reshape(-1, x.shape[-1])[plan.slots]  # [rows, per_token, d]
         y = jnp.sum(y.astype(jnp.float32) * weights[..., None], axis=1)

@@ -55,7 +55,8 @@ class Loop:
 
     Attributes:
         layer: One layer.
-        chunk: Tokens that go through a layer at once, at most, rows of the batch together.
+        chunk: Tokens that go through a layer at once, at most, rows of the batch together; but 256
+            of each row at least.
         offload: Whether the inputs of layers wait in host memory.
         fetch: Brings one layer's parameters from host memory to the device, or None where they are
             there.
@@ -230,8 +231,12 @@ def _params(loop: Loop, layers: PyTree, index: Array) -> Params:
 
 
 def _fold_in(chunk: Array, a: Array) -> Array:
-    is_key = jnp.issubdtype(a.dtype, jax.dtypes.prng_key)
-    return jax.random.fold_in(a, chunk) if is_key else a
+    if not jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
+        return a
+    fold_in = jax.random.fold_in
+    for _ in a.shape:  # a key for each expert
+        fold_in = jax.vmap(fold_in, (0, None))
+    return fold_in(a, chunk)
 
 
 def _layer(layer: LayerFunctions, params: PyTree, x: Array, context: _LayerContext) -> Array:

@@ -209,10 +209,6 @@ def _compile(
     return json.loads(run.stdout.splitlines()[-1]), ""
 
 
-def _replaced(config: Config, key: str, value: Any) -> Config:
-    return replaced(config, {key: value})
-
-
 def _most(
     other: Callable[[Config, int], Bytes],
     config: Config,
@@ -224,11 +220,11 @@ def _most(
     """The largest value of a few settings that fits, all others as they are; 0: none does."""
     questions: dict[str, tuple[Callable[[int], Bytes], int]] = {
         "sequence length": (lambda n: other(config, n), decoder.max_length),
-        "batch size": (lambda n: other(_replaced(config, "train.batch_size", n), seq), 4096),
+        "batch size": (lambda n: other(replaced(config, {"train.batch_size": n}), seq), 4096),
     }
     if targets is not None:
         widest = min(min(t.layout.rows, t.layout.cols) for t in targets.values())
-        questions["rank"] = (lambda n: other(_replaced(config, "lora.rank", n), seq), widest)
+        questions["rank"] = (lambda n: other(replaced(config, {"lora.rank": n}), seq), widest)
     answers = {}
     for name, (need, most) in questions.items():
         low, high = 0, most

@@ -9,9 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from ..config import Config
-from ..interop.load_params import EMBEDDINGS
+from ..interop.load_params import is_quantized
 from ..lift import lift
-from ..lora import quantize
 from ..models import DecoderConfig, Model, abstract_params, decoder_functions
 from ..optim import Paging
 from ..quant import QuantizedArray, quantize_array
@@ -31,24 +30,25 @@ def _streamed(x: Any) -> Any:
     return dataclasses.replace(x, streamed=True) if _is_quantized(x) and x.lead else x
 
 
-def _with_tables(frozen: PyTree, config: Config) -> PyTree:
-    """The base with its embedding and its head, if it has one, in 4 bits too."""
+def _quantized(params: PyTree, config: Config) -> PyTree:
+    """The base with in 4 bits what a loaded model has so, whatever is adapted."""
     quant = config.quant
 
     def one(path: str, x: Any) -> Any:
-        if path not in EMBEDDINGS:
+        if not is_quantized(path, embeddings=quant.embeddings):
             return x
+        kernel = path.endswith("/kernel")
         encode = functools.partial(
             quantize_array,
-            in_axis=-2 if path.endswith("/kernel") else -1,
-            out_axis=-1 if path.endswith("/kernel") else -2,
+            in_axis=-2 if kernel else -1,
+            out_axis=-1 if kernel else -2,
             format=quant.format,
             block_size=quant.block_size,
             double_quant=quant.double_quant,
         )
         return jax.eval_shape(encode, x)
 
-    return map_with_path(one, frozen, is_leaf=_is_quantized)
+    return map_with_path(one, params)
 
 
 class Run(NamedTuple):
@@ -105,20 +105,7 @@ def abstract_run(
         trainable = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), params)
     else:
         targets, quant = find_decoder_targets(decoder, config), config.quant
-        frozen = params
-        if config.method == "qlora":
-            frozen = jax.eval_shape(
-                lambda p: quantize(
-                    p,
-                    targets,
-                    format=quant.format,
-                    block_size=quant.block_size,
-                    double_quant=quant.double_quant,
-                ),
-                params,
-            )
-        if config.method == "qlora" and quant.embeddings:
-            frozen = _with_tables(frozen, config)
+        frozen = _quantized(params, config) if config.method == "qlora" else params
         if quant.streamed:
             frozen = jax.tree.map(_streamed, frozen, is_leaf=_is_quantized)
         trainable = jax.eval_shape(lambda base: make_adapter(config, targets, base), frozen)

@@ -18,7 +18,7 @@ from jax.sharding import SingleDeviceSharding
 from ..config import Config, from_table
 from ..costs.formula import Bytes
 from ..costs.gpus import Gpu
-from ..costs.held import held as held_bytes
+from ..costs.held import held
 from ..costs.tpus import Tpu
 from ..models import DecoderConfig, RopeScaling
 from ..optim import page_between
@@ -32,7 +32,8 @@ from .tpu import describe_chip, wanted_bytes
 def compile_case(decoder: DecoderConfig, config: Config, card: Gpu | Tpu, *, seq: int) -> Bytes:
     """Compiles the training step for a card or chip; returns what it needs, by part."""
     lowered, options, run = lower_step(decoder, config, card, seq=seq)
-    parts = held(run, paged=config.optim.placement == "host")
+    paged = config.optim.placement == "host"
+    parts = held(run.state.trainable, run.state.optimizer, run.frozen, paged=paged)
     try:
         needed = planned(compile_lowered(lowered, options))
     except jax.errors.JaxRuntimeError as error:  # a TPU's compiler makes no plan that does not fit
@@ -40,12 +41,6 @@ def compile_case(decoder: DecoderConfig, config: Config, card: Gpu | Tpu, *, seq
             raise
         return replace(parts, temporaries=max(wanted, card.memory - parts.device + 1))
     return replace(parts, temporaries=needed.device - parts.device, host=needed.host)
-
-
-def held(run: Run, *, paged: bool = False) -> Bytes:
-    """What a run holds between steps; `paged` says that its moments are on the host."""
-    state = run.state
-    return held_bytes(state.trainable, state.optimizer, run.frozen, paged=paged)
 
 
 def compile_step(decoder: DecoderConfig, config: Config, gpu: Gpu, *, seq: int) -> tuple[Any, Run]:
@@ -118,6 +113,7 @@ def decoder_from_json(values: dict[str, Any]) -> DecoderConfig:
             **values,
             "rope_scaling": RopeScaling(**scaling) if scaling else None,
             "eos_token_ids": tuple(values["eos_token_ids"]),
+            "local_layers": tuple(values["local_layers"]),
         }
     )
 

@@ -24,6 +24,8 @@ from ..lora import Targets
 from ..models import DecoderConfig
 from ..typing import PyTree
 
+_HOST_FULL = "the host's memory is full"
+
 _PARTS = {
     "base": "base",
     "constants": "constants of its blocks",
@@ -67,7 +69,7 @@ def on_shortage(explain: Callable[[str], InputError]) -> Iterator[None]:
     try:
         yield
     except MemoryError as error:
-        raise explain(str(error) or "the host's memory is full") from error
+        raise explain(f"{_HOST_FULL} ({error})" if str(error) else _HOST_FULL) from error
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -132,7 +134,8 @@ class MemoryCheck:
             why: What happened.
         """
         train = self._config.train
-        has = "" if self.limit is None else f"; the device has {_size(self.limit)}"
+        host_full = _HOST_FULL in why or "pinned" in why
+        has = "" if host_full or self.limit is None else f"; the device has {_size(self.limit)}"
         lines = [
             f"Not enough memory for batches of {train.batch_size} x {self._seq} tokens: {why}{has}."
         ]
@@ -143,7 +146,7 @@ class MemoryCheck:
         ]
         if self.planned.host:
             lines.append(f"  {_size(self.planned.host):>11}  in host memory")
-        changes = self._changes()
+        changes = self._changes(host=self._apart and not host_full)
         lines.append(
             "Changes that would fit, the cheapest first (estimates):"
             if changes
@@ -154,6 +157,16 @@ class MemoryCheck:
             f"({_size(change.needed.device - self.planned.device)}); {change.cost}"
             for change in changes
         ]
+        if changes:
+            lines.append(
+                "All but optim.placement and quant.streamed make another run: where this one has "
+                "saved checkpoints, choose another --output too."
+            )
+        if host_full and self.planned.host:
+            lines.append(
+                'What waits in host memory can go back to the device: optim.placement = "device", '
+                'quant.streamed = false, train.remat = "full".'
+            )
         if jax.devices()[0].platform == "gpu" and _FRACTION not in os.environ:
             lines.append(
                 f"jax takes three quarters of the card. {_FRACTION}=0.95 in the environment "
@@ -161,11 +174,11 @@ class MemoryCheck:
             )
         return InputError("\n".join(lines))
 
-    def _changes(self) -> list[Any]:
+    def _changes(self, *, host: bool) -> list[Any]:
         room = self.planned.device if self.limit is None else min(self.limit, self.planned.device)
         for budget in (max(room - MARGIN, room // 2), room - 1):
             changes = cheapest_changes(
-                self._need, self._config, seq=self._seq, limit=budget, host=self._apart
+                self._need, self._config, seq=self._seq, limit=budget, host=host
             )
             if changes:
                 return changes

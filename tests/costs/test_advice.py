@@ -59,8 +59,8 @@ def test_what_changes_no_result_comes_first():
     short = need(config, 512).device - 200 * (1 << 20)
     named = [next(iter(x.settings)) for x in changes(config, short, count=9)]
     assert named == [
-        "optim.placement", "optim.state", "train.remat", "quant.streamed", "lora.rank",
-        "data.max_length",
+        "optim.placement", "optim.state", "train.remat", "quant.streamed", "quant.embeddings",
+        "lora.rank", "data.max_length",
     ]  # fmt: skip
     assert [next(iter(x.settings)) for x in changes(config, short)] == named[:3]
 

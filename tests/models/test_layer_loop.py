@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Layers in a loop with a backward by hand: the same numbers as autodiff's, whole or in chunks."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -122,6 +123,25 @@ def test_dropout_in_the_backward_is_that_of_the_forward():
 
     assert (moved(step) - moved(-step)) / (2 * step) == pytest.approx(float(along), rel=0.02)
     assert loss(adapter, key) != loss(adapter, jax.random.key(1))
+
+
+def test_dropout_on_experts():
+    """Each has a key of its own. Traced, not run."""
+    model = tiny_model(n_layers=2, n_experts=4, experts_per_token=2)
+    tokens = jnp.ones((1, 600), jnp.int32)
+    targets = jq.find_targets(model.apply, model.params, tokens[:, :4])
+    adapter = jq.init_adapter(jax.random.key(1), targets, rank=2, dropout=0.5)
+    functions = decoder_functions(
+        dataclasses.replace(model.config, max_length=1024), transform=jq.lift, remat="full",
+        layer_chunk=256,
+    )  # fmt: skip
+
+    def loss(adapter: Any) -> jax.Array:
+        params = jq.attach(model.params, adapter, dropout_key=jax.random.key(0))
+        return jnp.mean(functions.hidden(params, tokens))
+
+    grads = jax.eval_shape(jax.grad(loss), adapter)
+    assert jax.tree.structure(grads) == jax.tree.structure(adapter)
 
 
 def test_several_adapters_at_once():

@@ -13,23 +13,22 @@ import pytest
 
 import jax_qlora as jq
 from jax_qlora.cli.main import main
+from jax_qlora.config import replaced
 from jax_qlora.costs.formula import estimate
 from jax_qlora.costs.gpus import GIB
+from jax_qlora.costs.held import held
 from jax_qlora.errors import InputError
 from jax_qlora.models.presets import LLAMA_2_7B, LLAMA_3_1_8B, PRESETS, TINY
 from jax_qlora.planner import GPUS, compiler, read_decoder
-from jax_qlora.planner.plan import DEFAULTS, _replaced
+from jax_qlora.planner.plan import DEFAULTS
 from jax_qlora.planner.shapes import abstract_run
-from jax_qlora.planner.worker import decoder_from_json, held
+from jax_qlora.planner.worker import decoder_from_json
 from jax_qlora.train.recipe import find_decoder_targets
 from tests.helpers import GOLDEN
 
 
 def settings(**changes: Any):
-    config = DEFAULTS
-    for key, value in changes.items():
-        config = _replaced(config, key.replace("__", "."), value)
-    return config
+    return replaced(DEFAULTS, {key.replace("__", "."): value for key, value in changes.items()})
 
 
 @pytest.mark.parametrize(
@@ -48,10 +47,23 @@ def test_what_is_held_is_exact(decoder, config):
     """The formula's arithmetic against the shapes that the trainer makes."""
     targets = None if config.method == "full" else find_decoder_targets(decoder, config)
     found = estimate(decoder, config, targets, seq=32)
-    want = held(abstract_run(decoder, config, seq=32))
+    run = abstract_run(decoder, config, seq=32)
+    want = held(run.state.trainable, run.state.optimizer, run.frozen, paged=False)
     for name in ("base", "constants", "trainable", "optimizer"):
         got, exact = getattr(found, name), getattr(want, name)
         assert abs(got - exact) <= 64 + exact * 1e-4, name
+
+
+@pytest.mark.parametrize("embeddings", [False, True])
+def test_what_is_quantized_is_what_a_loaded_model_has_so(embeddings: bool):
+    """Whatever is adapted: every linear of the layers, and the tables if asked for."""
+    model = jq.load_model(GOLDEN / "models" / "llama", dtype="bfloat16", embeddings=embeddings)
+    config = settings(lora__targets=("q_proj", "v_proj"), quant__embeddings=embeddings)
+    run = abstract_run(model.config, config, seq=32)
+    got, want = (held((), (), frozen, paged=False) for frozen in (run.frozen, model.params))
+    assert got == want
+    found = estimate(model.config, config, find_decoder_targets(model.config, config), seq=32)
+    assert (found.base, found.constants) == (want.base, want.constants)
 
 
 def test_paged_state_and_layer_inputs_are_on_the_host():
