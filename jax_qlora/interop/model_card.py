@@ -4,6 +4,7 @@
 import re
 from dataclasses import dataclass
 from importlib import metadata
+from pathlib import Path
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
@@ -31,7 +32,8 @@ def model_card(origin: Origin, *, weights: str, parameters: int) -> str:
         weights: How the weights are stored, e.g. "bfloat16".
         parameters: Number of parameters.
     """
-    hub = origin.base_model is not None and _HUB_ID.fullmatch(origin.base_model)
+    base = origin.base_model
+    hub = base is not None and _HUB_ID.fullmatch(base) and not Path(base).exists()
     head = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
     head += [f"base_model: {origin.base_model}"] if hub else []
     head += ["tags:", "- jax-qlora", "---", ""]
@@ -41,16 +43,13 @@ def model_card(origin: Origin, *, weights: str, parameters: int) -> str:
 def _body(origin: Origin, weights: str, parameters: int) -> list[str]:
     base = f"`{origin.base_model}`" if origin.base_model else "a base model that was not named"
     held = (
-        f"The base was held in {origin.quantization} (4 bits) and made dense again, so these "
-        "weights are those that went through 4 bits, not the original ones."
+        f"The base was held in {origin.quantization} (4 bits) on the way, so these weights are "
+        "those that went through 4 bits, not the original ones."
         if origin.quantization
         else "The base was not quantized on the way."
     )
     if origin.adapter:
-        made = (
-            f"The LoRA adapter `{origin.adapter}`, folded into {base}: `W + scale * (B @ A)`, "
-            f"summed in float32. {held}"
-        )
+        made = f"The adapter `{origin.adapter}`, folded into {base} in float32. {held}"
     else:
         made = f"A copy of {base}; no adapter was folded in. {held}"
     return [

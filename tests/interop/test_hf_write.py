@@ -186,6 +186,15 @@ def test_merged_logits_are_those_of_peft(tmp_path: Path, name: str):
     assert np.abs(want - outputs["base/logits"])[mask == 1].max() > 0.1
 
 
+def test_the_card_takes_no_directory_for_a_hub_id(tmp_path: Path, monkeypatch: Any):
+    monkeypatch.chdir(tmp_path)
+    origin = Origin(base_model="runs/model", adapter="a")
+    assert "base_model: runs/model" in model_card(origin, weights="float32", parameters=1)
+    (tmp_path / "runs" / "model").mkdir(parents=True)
+    text = model_card(origin, weights="float32", parameters=1)
+    assert "base_model:" not in text and "`a`, folded into `runs/model`" in text
+
+
 def test_the_card_says_what_is_known(tmp_path: Path):
     model = tiny_model()
     origin = Origin(base_model="someone/model", adapter="runs/a/adapter", quantization="nf4")
@@ -195,6 +204,7 @@ def test_the_card_says_what_is_known(tmp_path: Path):
         text.startswith("---\nlibrary_name: transformers") and "base_model: someone/model" in text
     )
     assert "`runs/a/adapter`" in text and "held in nf4" in text and "stored as float32" in text
+    assert "B @ A" not in text and "LoRA" not in text  # it may be DoRA, or replace weights
     local = model_card(Origin(base_model="/data/model"), weights="bfloat16", parameters=1234)
     assert "base_model:" not in local and "`/data/model`" in local and "1,234" in local
     assert "no adapter was folded in" in local and "not quantized" in local
