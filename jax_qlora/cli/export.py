@@ -92,9 +92,10 @@ def _export_adapter(name: str, adapter_path: str, arguments: Arguments) -> None:
 def _export_bnb(
     name: str, adapter_path: str | None, settings: dict[str, Any], arguments: Arguments
 ) -> None:
-    from ..interop.bnb_write import save_bnb
+    from ..interop.bnb_write import check_encoding, save_bnb
     from ..interop.load_params import Encoding
     from ..interop.model_card import Origin
+    from ..interop.output import check_directory
     from ..interop.quantize_checkpoint import quantize_checkpoint
 
     encoding = Encoding(
@@ -102,6 +103,8 @@ def _export_bnb(
         settings.get("block_size", 64),
         settings.get("double_quant", True),
     )
+    check_directory(arguments.output, overwrite=arguments.overwrite)
+    check_encoding(encoding)
     options: dict[str, Any] = {
         "encoding": encoding,
         "max_shard_bytes": int(arguments.shard_gb * 1e9),
@@ -134,10 +137,24 @@ def _export_bnb(
 def _export_gguf(
     name: str, adapter_path: str | None, settings: dict[str, Any], arguments: Arguments
 ) -> None:
-    from ..interop.gguf_write import save_gguf
+    from ..interop.gguf_tokenizer import tokenizer_to_gguf
+    from ..interop.gguf_write import find_architecture, save_gguf
+    from ..interop.open import find_tokenizer, open_checkpoint
+    from ..interop.output import check_file
 
     if not arguments.output.endswith(".gguf"):
         raise InputError(f"'{arguments.output}': expected the name of a .gguf file to write.")
+    check_file(arguments.output, overwrite=arguments.overwrite)
+    ensure_downloaded(name)
+    path, config, *_ = open_checkpoint(name)
+    find_architecture(config)
+    tokenizer = find_tokenizer(path)
+    if tokenizer is None:
+        raise InputError(
+            f"'{name}' has no tokenizer.json: expected one beside the weights. A GGUF file is of "
+            "no use without."
+        )
+    tokenizer_to_gguf(tokenizer, config)
 
     def write(model: Any, params: Any, update: Any) -> Any:
         return save_gguf(

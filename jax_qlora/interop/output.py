@@ -63,8 +63,7 @@ def new_file(file: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
         InputError: As `new_directory`.
     """
     file = Path(file).resolve()
-    if file.exists():
-        _refuse(file, overwrite and file.is_file())
+    check_file(file, overwrite=overwrite)
     partial = file.with_name(f".{file.name}.partial-{os.getpid()}")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -76,6 +75,21 @@ def new_file(file: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
         raise _cannot_write(file, error) from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+def check_file(file: str | Path, *, overwrite: bool = False) -> None:
+    """Check that `new_file` may write a file: to be asked before long work.
+
+    Args:
+        file: The file.
+        overwrite: Whether one that is there may be replaced.
+
+    Raises:
+        InputError: It may not.
+    """
+    file = Path(file)
+    if file.exists():
+        _refuse(file, overwrite and file.is_file())
 
 
 def check_directory(directory: str | Path, *, overwrite: bool = False) -> None:
