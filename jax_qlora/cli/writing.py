@@ -105,9 +105,15 @@ def check_logits(
 
 
 def updates_note(saved: "SavedModel", adapter: Any) -> list[str]:
-    """A sentence on the updates that were folded in, if there was an adapter."""
+    """A sentence on what of an adapter was folded in, if there was one."""
+    from ..lora import LoraPair
+
     if adapter is None:
         return []
+    others = sum(not isinstance(entry, LoraPair) for entry in adapter.values())
+    if others:
+        weights = "1 weight" if others == 1 else f"{others} weights"
+        return [f"{saved.updates} updates folded in, and {weights} trained beside."]
     if not saved.updates:
         return ["The adapter changes nothing: all of its updates are zero."]
     return [f"{saved.updates} updates folded in."]

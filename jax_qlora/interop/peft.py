@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -31,7 +32,14 @@ from ..tree import flatten_paths
 from .adapter_files import WEIGHTS_NAME, read_tensors, write_adapter
 from .hf import tensor_indices, tensor_names
 from .peft_config import PeftConfig, config_json, make_config, read_config
-from .peft_whole import PREFIX, Whole, read_whole, whole_tensors, write_whole
+from .peft_whole import (
+    PREFIX,
+    Whole,
+    check_weights,
+    read_whole,
+    whole_tensors,
+    write_whole,
+)
 
 _SUFFIXES = {
     "a": ".lora_A.weight",
@@ -114,9 +122,11 @@ def save_adapter(
             "columns, here DoRA scales rows. Leave the embedding out of the targets, or merge it."
         )
     if not ranks:
+        beside = sorted(adapter.keys() - pairs.keys())
+        found = f"has no update beside {_some(beside)}" if beside else "changes nothing"
         raise InputError(
-            f"the adapter to save at {path} changes nothing: expected at least one update that is "
-            "not zero in both factors. Make one with init_adapter."
+            f"the adapter to save at {path} {found}: PEFT's format expects at least one update "
+            "that is not zero in both factors. Make one with init_adapter."
         )
     settings: dict[str, Any] = dict(dora=dora == {True})
     if isinstance(model, Model):
@@ -191,7 +201,12 @@ def load_adapter(path: str | os.PathLike[str], model: Model | Targets) -> Adapte
         return adapter | beside
     # layers that the adapter leaves out keep the length of their rows
     partly = {p: x for p, x in adapter.items() if len(stacks[p]) < math.prod(x.lead)}
-    untouched = add_magnitudes(model.params, partly) if isinstance(model, Model) else {}
+    untouched: Adapter = {}
+    if isinstance(model, Model) and partly:
+        leaves = flatten_paths(model.params, is_leaf=is_special)
+        for leaf in partly:
+            check_weights(leaves[leaf], leaf)
+        untouched = add_magnitudes(model.params, partly)
     for leaf, pair in adapter.items():
         modules, slot = stacks[leaf], slots[next(iter(stacks[leaf].values()))]
         magnitude = np.zeros((*slot.lead, slot.layout.rows), np.float32)
@@ -334,7 +349,10 @@ def _without_copies(
     for key in (f"{embedding}.base_layer.weight", f"{PREFIX}lm_head.base_layer.weight"):
         if key in tensors and f"{embedding}.lora_embedding_A" in tensors:
             found = tensors.pop(key)
-            if found.shape != leaf.shape or not np.array_equal(found, np.asarray(leaf, np.float32)):
+            # a quantized embedding, or one of shapes alone, has no values to be equal to
+            dense = isinstance(leaf, jax.Array | np.ndarray)
+            same = found.shape == tuple(leaf.shape)
+            if not same or dense and not np.array_equal(found, np.asarray(leaf, np.float32)):
                 raise InputError(
                     f"the adapter at {path} carries an embedding {found.shape} that is not the "
                     f"model's {tuple(leaf.shape)}: expected the model that it was trained on. "

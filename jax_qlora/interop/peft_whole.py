@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -98,6 +99,9 @@ def read_whole(
         entries: From `whole_tensors`.
         tensors: The file's, of the right shapes.
         model: The model.
+
+    Raises:
+        InputError: layers are left out, and the model is shapes without weights.
     """
     leaves = flatten_paths(model.params, is_leaf=is_special)
     adapter: dict[str, Any] = {}
@@ -113,11 +117,27 @@ def read_whole(
     for path, parts in stacks.items():
         shape = tuple(leaves[path].shape)
         partly = len(parts) < math.prod(shape[: n_lead(path)])
+        if partly:
+            check_weights(leaves[path], path)
         full = np.array(materialize(leaves[path], jnp.float32)) if partly else np.empty(shape, "f")
         for index, value in parts.items():
             full[index] = value
         adapter[path] = jnp.asarray(full)
     return adapter
+
+
+def check_weights(leaf: Any, path: str) -> None:
+    """Check that the base's weight is there, of which an adapter leaves layers as they are.
+
+    Raises:
+        InputError: The model is shapes alone.
+    """
+    if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(leaf)):
+        raise InputError(
+            f"the adapter trains some layers or experts of '{path}' and leaves others as they are: "
+            "expected a model with its weights, found shapes alone. Load the model first, or write "
+            "the merged model (--format hf)."
+        )
 
 
 def _vocabulary(path: str, shape: tuple[int, ...]) -> KernelLayout:

@@ -4,6 +4,7 @@
 import io
 import json
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,9 @@ import pytest
 import jax_qlora as jq
 from jax_qlora.cli.loading import Source, complete
 from jax_qlora.cli.main import main
+from jax_qlora.cli.writing import updates_note
+from jax_qlora.interop.hf_write import SavedModel
+from jax_qlora.quant.layout import KernelLayout
 
 from ..helpers import GOLDEN, ROOT
 
@@ -149,6 +153,41 @@ def test_export_in_every_format(finished, tmp_path, capsys):
     }.items():
         assert main(["export", str(tmp_path / args[0]), *args[1:]]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_export_refuses_before_it_loads(finished, tmp_path, capsys, monkeypatch):
+    def load(*_):
+        raise AssertionError("loaded")
+
+    monkeypatch.setattr("jax_qlora.cli.export.load", load)
+    used = tmp_path / "used.gguf"
+    used.write_bytes(b"mine")
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "mine").touch()
+    bare = tmp_path / "bare"
+    shutil.copytree(LLAMA, bare)
+    (bare / "tokenizer.json").unlink()
+    run = f"--run {finished}"
+    for args, message in {
+        f"used.gguf --format gguf {run}": "used.gguf' is in use",
+        f"x.gguf --format gguf --model {GOLDEN / 'models' / 'phi3'}": "A phi3 model cannot be",
+        f"x.gguf --format gguf --model {bare}": "has no tokenizer.json: expected",
+        f"used --format bnb {run}": "used' is in use",
+        f"x --format bnb {run} --quantization int4": "int4 in blocks of",
+    }.items():
+        assert main(["export", *f"{tmp_path}/{args}".split()]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_the_note_on_an_adapter_counts_what_is_no_update(tmp_path):
+    saved = SavedModel(path=tmp_path, tensors=1, nbytes=4, files={}, updates=0)
+    layout = KernelLayout(shape=(4, 4), in_axes=(-2,))
+    zero = jq.LoraPair(
+        a=jnp.zeros((1, 4)), b=jnp.zeros((4, 1)), layout=layout, scale=1.0, dropout=0.0
+    )
+    assert "changes nothing" in updates_note(saved, {"q_proj/kernel": zero})[0]
+    adapter = {"q_proj/kernel": zero, "norm/scale": jnp.ones(4)}
+    assert updates_note(saved, adapter) == ["0 updates folded in, and 1 weight trained beside."]
 
 
 def test_export_of_a_model_alone(tmp_path, capsys):

@@ -2,6 +2,7 @@
 """What trains beside updates: written and read back, and what cannot be said in PEFT's format."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,11 @@ def changed(adapter: Any) -> Any:
 def adapter_of(model: Any, match: Any, **options: Any) -> Any:
     targets = jq.find_targets(model.apply, model.params, TOKENS, match=match)
     return jq.init_adapter(jax.random.key(0), targets, rank=2, alpha=4, **options)
+
+
+def four_bits_everywhere(model: Any) -> Any:
+    targets = jq.find_targets(model.apply, model.params, TOKENS, match=["embed_tokens"])
+    return jq.quantize(model.params, targets, block_size=32)
 
 
 def config_of(path: Path) -> dict[str, Any]:
@@ -67,6 +73,9 @@ def test_an_embedding_saved_beside_its_update(tiny: Any, tmp_path: Path):
     save_file(load_file(file) | {key: own}, file)
     assert_trees_close(load_adapter(tmp_path / "a", tiny), adapter)
     save_file(load_file(file) | {key: own + 1}, file)
+    for params in (jax.eval_shape(lambda: tiny.params), four_bits_everywhere(tiny)):
+        model = replace(tiny, params=params)
+        assert_trees_close(load_adapter(tmp_path / "a", model), adapter)
     with pytest.raises(jq.InputError, match="carries an embedding .* that is not the model's"):
         load_adapter(tmp_path / "a", tiny)
 
@@ -99,6 +108,24 @@ def test_a_layer_that_is_left_out_keeps_the_bases_weight(tiny: Any, tmp_path: Pa
     got = load_adapter(tmp_path / "a", tiny)[path]
     np.testing.assert_array_equal(got[1], adapter[path][1])
     np.testing.assert_array_equal(got[0], tiny.params["layers"]["input_layernorm"]["scale"][0])
+    shapes = replace(tiny, params=jax.eval_shape(lambda: tiny.params))
+    with pytest.raises(jq.InputError, match=r"input_layernorm/scale'.* found shapes alone"):
+        load_adapter(tmp_path / "a", shapes)
+
+
+def test_magnitudes_of_some_layers_need_the_weights(tiny: Any, tmp_path: Path):
+    adapter = jq.add_magnitudes(tiny.params, adapter_of(tiny, ["q_proj"]))
+    save_adapter(tmp_path / "a", adapter, tiny)
+    config, file = config_of(tmp_path / "a"), tmp_path / "a" / "adapter_model.safetensors"
+    config["target_modules"] = ["model.layers.1.self_attn.q_proj"]
+    (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(config))
+    save_file({k: x for k, x in load_file(file).items() if ".layers.1." in k}, file)
+    path = "layers/self_attn/q_proj/kernel"
+    got = load_adapter(tmp_path / "a", tiny)[path].magnitude
+    np.testing.assert_allclose(got, adapter[path].magnitude, rtol=1e-6)
+    shapes = replace(tiny, params=jax.eval_shape(lambda: tiny.params))
+    with pytest.raises(jq.InputError, match=r"q_proj/kernel'.* found shapes alone"):
+        load_adapter(tmp_path / "a", shapes)
 
 
 @pytest.mark.parametrize("bias", ["all", "lora_only"])
@@ -158,6 +185,8 @@ def test_what_cannot_be_said(tiny: Any, tmp_path: Path):
         jq.attach(tiny.params, wrong)
     with pytest.raises(jq.InputError, match="was replaced by a trained weight"):
         jq.unmerge(tiny.params, {"norm/scale": tiny.params["norm"]["scale"]})
+    with pytest.raises(jq.InputError, match="has no update beside norm/scale: PEFT's format"):
+        save_adapter(tmp_path / "a", {"norm/scale": tiny.params["norm"]["scale"]}, tiny)
     assert not any(tmp_path.iterdir())
 
 
