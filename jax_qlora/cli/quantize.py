@@ -16,8 +16,9 @@ from .writing import progress, report
 class Arguments:
     """Write a model with the linears of its layers in 4 bits, once.
 
-    The directory is that of bitsandbytes, which transformers loads as it is. Given as --model here,
-    it is read back without work: the codes are kept.
+    The directory is that of bitsandbytes, which transformers loads as it is, unless the model has
+    experts (Mixtral, Qwen 3 MoE). Given as --model here, it is read back without work: the codes
+    are kept.
     """
 
     model: Positional[str]

@@ -132,6 +132,26 @@ def read_gguf(file: str | Path) -> tuple[DecoderConfig, dict[str, GGUFTensor]]:
     """
     file = Path(file)
     metadata, entries = read_gguf_header(file)
+    check_entries(entries, file)
+    config = config_from_gguf(metadata, entries, where=f"'{file}'")
+    factors = entries.pop("rope_freqs.weight", None)
+    if factors is not None:
+        tensor = GGUFTensor(entry=factors, file=file)
+        config = replace(config, rope_scaling=_recognize(tensor, config))
+    known = ARCHITECTURES[metadata["general.architecture"]]
+    return config, _rename(entries, known, config, file)
+
+
+def check_entries(entries: Mapping[str, GGUFEntry], file: Path) -> None:
+    """Check that a file holds the data of its tensors.
+
+    Args:
+        entries: The tensors.
+        file: The file.
+
+    Raises:
+        InputError: A tensor is of an unknown type, of broken blocks, or ends behind the file.
+    """
     size = file.stat().st_size
     for entry in entries.values():
         try:
@@ -152,13 +172,6 @@ def read_gguf(file: str | Path) -> tuple[DecoderConfig, dict[str, GGUFTensor]]:
                 f"'{file}' is truncated: tensor '{entry.name}' ends at byte {end} of {size}. "
                 "Download it again."
             )
-    config = config_from_gguf(metadata, entries, where=f"'{file}'")
-    factors = entries.pop("rope_freqs.weight", None)
-    if factors is not None:
-        tensor = GGUFTensor(entry=factors, file=file)
-        config = replace(config, rope_scaling=_recognize(tensor, config))
-    known = ARCHITECTURES[metadata["general.architecture"]]
-    return config, _rename(entries, known, config, file)
 
 
 def _rename(

@@ -5,6 +5,7 @@ References:
     `conversion/*.py` and `src/llama-model.cpp` of https://github.com/ggml-org/llama.cpp.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -121,14 +122,26 @@ def config_from_gguf(
             )
         return value
 
-    d_model, n_heads = take("embedding_length"), take("attention.head_count")
-    head_dim = take("attention.key_length", d_model // n_heads)
+    def whole(key: str, *default: Any) -> Any:
+        value = take(key, *default)
+        if default == (value,) or (type(value) is int and value > 0):
+            return value
+        raise InputError(f"{where}: '{prefix}{key}' is {value!r}; expected a whole number above 0.")
+
+    def real(key: str, *default: Any) -> Any:
+        value = take(key, *default)
+        if default == (value,) or (type(value) in (int, float) and math.isfinite(value)):
+            return value
+        raise InputError(f"{where}: '{prefix}{key}' is {value!r}; expected a finite number.")
+
+    d_model, n_heads = whole("embedding_length"), whole("attention.head_count")
+    head_dim = whole("attention.key_length", d_model // n_heads)
     if take("attention.value_length", head_dim) != head_dim:
         raise InputError(f"{where}: values and keys have different widths, not implemented.")
     if take("rope.dimension_count", head_dim) != head_dim:
         raise InputError(f"{where}: only a part of each head is rotated, which is not implemented.")
     scaling = None
-    factor = take("rope.scaling.factor", 1.0)
+    factor = real("rope.scaling.factor", 1.0)
     kind = take("rope.scaling.type", "none" if factor in (0, 1) else "linear")  # llama.cpp's rule
     take("rope.scaling.original_context_length", None)
     if kind == "linear":
@@ -138,26 +151,30 @@ def config_from_gguf(
     vocab = entries["token_embd.weight"].shape[0] if "token_embd.weight" in entries else 0
 
     def token(name: str) -> int | None:
-        return metadata.get(f"tokenizer.ggml.{name}_token_id")
+        key = f"tokenizer.ggml.{name}_token_id"
+        if type(value := metadata.get(key)) not in (int, type(None)):
+            raise InputError(f"{where}: '{key}' is {value!r}; expected the number of a token.")
+        return value
 
     ends = dict.fromkeys(t for t in (token("eos"), token("eot")) if t is not None)
-    n_layers, own = take("block_count"), {}
+    n_layers, own = whole("block_count"), {}
     if architecture == "gemma3":
-        own = _gemma3(take, pattern, n_layers, d_model // n_heads, head_dim)
+        own = _gemma3(whole, real, n_layers, d_model // n_heads, head_dim)
+        own["local_layers"] = _local_layers(pattern, n_layers, where)
     config = DecoderConfig(
         **known.fixed,
         **own,
         family=known.family,
-        vocab_size=take("vocab_size", vocab),
+        vocab_size=whole("vocab_size", vocab),
         d_model=d_model,
-        d_ff=take("feed_forward_length"),
+        d_ff=whole("feed_forward_length"),
         n_layers=n_layers,
         n_heads=n_heads,
-        n_kv_heads=take("attention.head_count_kv", n_heads),
+        n_kv_heads=whole("attention.head_count_kv", n_heads),
         head_dim=head_dim,
-        max_length=take("context_length"),
-        norm_eps=round(take("attention.layer_norm_rms_epsilon"), 12),  # stored as float32
-        rope_theta=take("rope.freq_base", 10_000.0),
+        max_length=whole("context_length"),
+        norm_eps=round(real("attention.layer_norm_rms_epsilon"), 12),  # stored as float32
+        rope_theta=real("rope.freq_base", 10_000.0),
         rope_scaling=scaling,
         tied="output.weight" not in entries,
         qkv_bias="blk.0.attn_q.bias" in entries,
@@ -179,16 +196,28 @@ def config_from_gguf(
         raise InputError(f"{where}: {error}") from error
 
 
-def _gemma3(take: Callable, pattern: Any, n_layers: int, width: int, head: int) -> dict[str, Any]:
+def _gemma3(
+    whole: Callable, real: Callable, n_layers: int, width: int, head: int
+) -> dict[str, Any]:
     """What llama.cpp has for Gemma 3 beside the keys: `width` is that of a head's share of d."""
-    local = pattern
-    if not isinstance(pattern, list):
-        local = [(i + 1) % pattern != 0 for i in range(n_layers)]
     scalar = width if n_layers == 62 else head  # 62 layers: the model of 27B
     return {
-        "local_rope_theta": float(take("rope.freq_base_swa", 10_000.0)),
-        "logit_softcap": take("final_logit_softcapping", None),
+        "local_rope_theta": float(real("rope.freq_base_swa", 10_000.0)),
+        "logit_softcap": real("final_logit_softcapping", None),
         "query_pre_attn_scalar": float(scalar),
-        "sliding_window": take("attention.sliding_window"),
-        "local_layers": () if all(local) else tuple(map(bool, local)),
+        "sliding_window": whole("attention.sliding_window"),
     }
+
+
+def _local_layers(pattern: Any, n_layers: int, where: str) -> tuple[bool, ...]:
+    """Which layers see a window; empty: all. Of a period, the last layer does not."""
+    if type(pattern) is int and pattern > 0:
+        local = [(i + 1) % pattern != 0 for i in range(n_layers)]
+    elif isinstance(pattern, list) and all(type(x) in (bool, int) for x in pattern):
+        local = pattern
+    else:
+        raise InputError(
+            f"{where}: 'gemma3.attention.sliding_window_pattern' is {pattern!r}; expected a "
+            "positive period, or a list of which layers see a window."
+        )
+    return () if all(local) else tuple(map(bool, local))

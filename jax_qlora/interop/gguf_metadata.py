@@ -19,6 +19,7 @@ _NUMBERS: dict[int, str] = dict(
     zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True)
 )
 _STRING, _ARRAY = 8, 9
+_AXES = 4  # a tensor has at most
 
 
 def read_gguf_metadata(path: str | Path) -> dict[str, Any]:
@@ -28,7 +29,8 @@ def read_gguf_metadata(path: str | Path) -> dict[str, Any]:
         path: a GGUF file, version 2 or 3, little-endian.
 
     Raises:
-        InputError: the file is missing, is no GGUF file, or ends inside the header.
+        InputError: the file is missing, is no GGUF file, ends inside the header, or its header
+            holds something that no writer makes.
     """
     return read_gguf_header(path)[0]
 
@@ -64,6 +66,8 @@ def read_gguf_header(path: str | Path) -> tuple[dict[str, Any], dict[str, GGUFEn
             return _Header(file, Path(path).stat().st_size).read()
     except FileNotFoundError as error:
         raise InputError(f"No GGUF file at '{path}'.") from error
+    except OSError as error:
+        raise InputError(f"'{path}' cannot be read: {error}. Expected a GGUF file.") from error
     except (struct.error, EOFError, UnicodeDecodeError, KeyError) as error:
         raise InputError(
             f"'{path}' is not a complete GGUF file (version 2 or 3): its header cannot be read "
@@ -87,8 +91,13 @@ class _Header:
         table = []
         for _ in range(tensors):
             name, (axes,) = self.string(), self.numbers("I")
-            table.append((name, self.numbers(f"{axes}Q")[::-1], *self.numbers("IQ")))
+            shape = self.numbers(f"{axes}Q")[::-1] if 1 <= axes <= _AXES else ()
+            if not shape or 0 in shape:
+                raise EOFError(f"tensor '{name}' has {axes} axes {list(shape)}; expected 1 to 4")
+            table.append((name, shape, *self.numbers("IQ")))
         alignment = values.get("general.alignment", 32)
+        if type(alignment) is not int or alignment < 1:
+            raise EOFError(f"general.alignment is {alignment!r}; expected a positive number")
         data = -(-self.file.tell() // alignment) * alignment
         entries = {
             name: GGUFEntry(name=name, shape=shape, kind=kind, offset=data + offset)
@@ -104,6 +113,8 @@ class _Header:
         item, count = self.numbers("IQ")
         if item in _NUMBERS:
             return list(self.numbers(f"{count}{_NUMBERS[item]}"))
+        if item != _STRING:  # lists of lists: llama.cpp refuses them too
+            raise EOFError(f"it has a list of values of kind {item}")
         return [self.value(item) for _ in range(count)]
 
     def string(self) -> str:

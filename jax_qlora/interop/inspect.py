@@ -19,7 +19,7 @@ from ..quant import quantize_rows
 from ..tree import nbytes
 from .adapter_files import WEIGHTS_NAME
 from .bnb import STATE, bnb_parts
-from .gguf import GGUFTensor
+from .gguf import GGUFTensor, check_entries
 from .gguf_metadata import GGUFEntry, read_gguf_header
 from .hf import is_linear, parameter_shapes, tensor_names, tensor_shape
 from .load_params import check_tensors
@@ -162,6 +162,7 @@ def _inspect_adapter(path: Path) -> dict[str, Any]:
 def _inspect_gguf_adapter(
     path: Path, metadata: Mapping[str, Any], entries: Mapping[str, GGUFEntry]
 ) -> dict[str, Any]:
+    check_entries(entries, path)
     return {
         "kind": "adapter",
         "path": str(path),

@@ -74,31 +74,43 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any], *, where: str = "GGUF metad
             "Hugging Face directory, which has a tokenizer.json."
         )
     ranks = "scores" if pieces else "merges"
-    tokens, merges, kinds = get("tokens"), get(ranks), get("token_type")
-    if not tokens or merges is None or len(kinds or tokens) != len(tokens):
+    tokens, merges, kinds = get("tokens"), get(ranks), get("token_type") or []
+    if (
+        not (_list_of(tokens, str) and _list_of(kinds, int))
+        or not _list_of(merges, float if pieces else str)
+        or len(kinds or tokens) != len(tokens)
+        or (pieces and len(merges) != len(tokens))
+        or not tokens
+    ):
         raise InputError(
-            f"{where}: expected tokenizer.ggml.tokens and .{ranks}, and one .token_type a token. "
+            f"{where}: expected tokenizer.ggml.tokens and .{ranks}, and one .token_type"
+            f"{' and score' * pieces} a token. "
             "The file holds no complete tokenizer; use the model's Hugging Face directory."
         )
     tokenizer: Any
     if pieces:
         tokenizer = sentencepiece_bpe(
-            tokens, merges, kinds or [], space_prefix=get("add_space_prefix", True)
+            tokens, merges, kinds, space_prefix=get("add_space_prefix", True)
         )
     else:
-        tokenizer = Tokenizer(
-            models.BPE(
+        try:
+            model = models.BPE(
                 vocab={token: i for i, token in enumerate(tokens)},
                 merges=[_pair(merge) for merge in merges],
                 ignore_merges=split in _LLAMA3,
             )
-        )
+        except Exception as error:  # the Rust side raises bare Exception
+            raise InputError(
+                f"{where}: the tokenizer's merges do not fit its tokens: {error}. Download the "
+                "file again."
+            ) from error
+        tokenizer = Tokenizer(model)
         if split in _QWEN2:
             tokenizer.normalizer = normalizers.NFC()
         tokenizer.pre_tokenizer = splitter(split)
         tokenizer.decoder = decoders.ByteLevel()
     special = {
-        name: tokens[get(key)]
+        name: _token(tokens, get(key), f"{where}: tokenizer.ggml.{key}")
         for name, key in {
             "bos_token": "bos_token_id",
             "eos_token": "eos_token_id",
@@ -107,7 +119,7 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any], *, where: str = "GGUF metad
         }.items()
         if get(key) is not None
     }
-    for token, token_kind in zip(tokens, kinds or [], strict=False):
+    for token, token_kind in zip(tokens, kinds, strict=False):
         if token_kind == _CONTROL:
             tokenizer.add_special_tokens([AddedToken(token, normalized=False)])
         elif token_kind == _USER_DEFINED:
@@ -186,6 +198,16 @@ def splitter(split: str) -> Any:
         words = _QWEN2_WORDS if split in _QWEN2 else _LLAMA3_WORDS
         first = pre_tokenizers.Split(Regex(words), "isolated")
     return pre_tokenizers.Sequence([first, byte_level])
+
+
+def _list_of(values: Any, kind: type) -> bool:
+    return isinstance(values, list) and all(type(x) is kind for x in values)
+
+
+def _token(tokens: list[str], number: Any, what: str) -> str:
+    if type(number) is int and 0 <= number < len(tokens):
+        return tokens[number]
+    raise InputError(f"{what} is {number!r}; expected the number of one of {len(tokens)} tokens.")
 
 
 def _pair(merge: str) -> tuple[str, str]:

@@ -216,6 +216,10 @@ def test_storage_of_a_quantized_model(tmp_path: Path):
         ({"add": {"rope.dimension_count": 8}}, "only a part of each head is rotated"),
         ({"add": {"attention.value_length": 8}}, "values and keys have different widths"),
         ({"add": {"attention.head_count_kv": 3}}, r"n_heads \(4\) is not a multiple"),
+        ({"add": {"attention.head_count": 0}}, "head_count' is 0; expected a whole number above 0"),
+        ({"add": {"embedding_length": "64"}}, "embedding_length' is '64'; expected a whole"),
+        ({"add": {"block_count": 2.0}}, "block_count' is 2.0; expected a whole number above 0"),
+        ({"add": {"rope.scaling.factor": float("nan")}}, "factor' is nan; expected a finite num"),
         ({"extra": {"blk.0.ssm.weight": np.ones((2, 2), np.float32)}}, "'blk.0.ssm.weight' is not"),
     ],
 )
@@ -228,6 +232,17 @@ def test_missing_tensors_are_listed(tmp_path: Path):
     file = write_gguf(tmp_path / "m.gguf", drop=("blk.1.ffn_up.weight",))
     with pytest.raises(InputError, match="1 missing: model.layers.1.mlp.up_proj.weight"):
         jq.load_model(file)
+
+
+def test_a_token_whose_number_is_none():
+    keys = {
+        "block_count": 1, "context_length": 8, "embedding_length": 8, "feed_forward_length": 8,
+        "attention.head_count": 1, "attention.layer_norm_rms_epsilon": 1e-6, "vocab_size": 8,
+    }  # fmt: skip
+    metadata = {"general.architecture": "llama"} | {f"llama.{k}": v for k, v in keys.items()}
+    assert config_from_gguf(metadata, {}).eos_token_ids == ()
+    with pytest.raises(InputError, match=r"eos_token_id' is \[2\]; expected the number of a tok"):
+        config_from_gguf(metadata | {"tokenizer.ggml.eos_token_id": [2]}, {})
 
 
 def test_another_architecture():

@@ -104,6 +104,11 @@ def test_layers_of_gemma_3():
     assert config.local_rope_theta == 10_000
     metadata["gemma3.attention.sliding_window_pattern"] = [True, False] * 3 + [True]
     assert config_from_gguf(metadata, {}).windows == (6, None) * 3 + (6,)
+    for pattern in (0, "LLG", [[True]]):
+        metadata["gemma3.attention.sliding_window_pattern"] = pattern
+        with pytest.raises(InputError, match="pattern' is .*; expected a positive period, or"):
+            config_from_gguf(metadata, {})
+    metadata["gemma3.attention.sliding_window_pattern"] = 6
     metadata["gemma3.attention.logit_softcapping"] = 5.0
     with pytest.raises(InputError, match="'gemma3.attention.logit_softcapping' is 5.0"):
         config_from_gguf(metadata, {})

@@ -73,6 +73,13 @@ def test_gguf_files(tmp_path: Path):
     assert found["kind"] == "adapter" and found["alpha"] == 6
     assert found["targets"] == {"attn_v": {3: 2}} and found["bytes"] == saved.nbytes
     assert "written, not read" in found["loads"]
+    data = bytearray(saved.path.read_bytes())
+    name = b"blk.0.attn_v.weight.lora_a"
+    at = data.index(name) + len(name) + 4 + 2 * 8
+    data[at : at + 4] = (250).to_bytes(4, "little")
+    saved.path.write_bytes(data)
+    with pytest.raises(InputError, match="is of type 250, which the installed gguf package"):
+        inspect(saved.path)
 
 
 def test_adapters():

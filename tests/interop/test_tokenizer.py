@@ -2,6 +2,7 @@
 import json
 import random
 import shutil
+import struct
 import subprocess
 import sys
 
@@ -182,6 +183,15 @@ def test_user_defined_tokens_stay_whole_and_visible(metadata):
         ({"tokenizer.ggml.tokens": None}, "holds no complete tokenizer"),
         ({"tokenizer.ggml.merges": None}, "holds no complete tokenizer"),
         ({"tokenizer.ggml.token_type": [1]}, "holds no complete tokenizer"),
+        ({"tokenizer.ggml.token_type": 1}, "holds no complete tokenizer"),
+        ({"tokenizer.ggml.tokens": [1, 2]}, "holds no complete tokenizer"),
+        (
+            {"tokenizer.ggml.model": "llama", "tokenizer.ggml.scores": [0.0]},
+            "one .token_type and score a token",
+        ),
+        ({"tokenizer.ggml.merges": ["no such"]}, "merges do not fit its tokens"),
+        ({"tokenizer.ggml.bos_token_id": 2**32 - 1}, "bos_token_id is 4294967295; expected the"),
+        ({"tokenizer.ggml.eos_token_id": "</s>"}, "eos_token_id is '</s>'; expected the number"),
     ],
 )
 def test_unknown_gguf_tokenizers_are_refused(metadata, change, message):
@@ -199,8 +209,35 @@ def test_damaged_gguf_files_are_refused(tmp_path, metadata):
     path.write_bytes(whole[:24] + b"\xff" * 8 + whole[32:])  # a string of 2**64 - 1 bytes
     with pytest.raises(InputError, match="announces"):
         read_gguf_metadata(path)
+    (tmp_path / "directory.gguf").mkdir()
+    with pytest.raises(InputError, match="directory.gguf' cannot be read"):
+        read_gguf_metadata(tmp_path / "directory.gguf")
     with pytest.raises(InputError, match="No GGUF file at"):
         read_gguf_metadata(tmp_path / "none.gguf")
+
+
+NESTED = struct.pack("<Q1sI", 1, b"k", 9) + struct.pack("<IQ", 9, 1) * 100_000
+ALIGNED = struct.pack("<Q17sII", 17, b"general.alignment", 4, 0)
+NO_AXES = struct.pack("<Q1sIIQ", 1, b"t", 0, 0, 0)
+EMPTY = struct.pack("<Q1sIQIQ", 1, b"t", 1, 0, 0, 0)
+FIVE_AXES = struct.pack("<Q1sI5QIQ", 1, b"t", 5, *[1] * 5, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "keys", "content", "message"),
+    [
+        (0, 1, NESTED, "it has a list of values of kind 9"),
+        (0, 1, ALIGNED, "general.alignment is 0; expected a positive number"),
+        (1, 0, NO_AXES, "tensor 't' has 0 axes"),
+        (1, 0, EMPTY, r"tensor 't' has 1 axes \[0\]"),
+        (1, 0, FIVE_AXES, "tensor 't' has 5 axes"),
+    ],
+)
+def test_headers_that_no_writer_makes_are_refused(tmp_path, tensors, keys, content, message):
+    path = tmp_path / "bad.gguf"
+    path.write_bytes(struct.pack("<4sIQQ", b"GGUF", 3, tensors, keys) + content)
+    with pytest.raises(InputError, match=f"not a complete GGUF file .*{message}"):
+        read_gguf_metadata(path)
 
 
 def test_directories_without_tokenizer_are_refused(tmp_path):

@@ -22,6 +22,17 @@ FIXTURES = {"llama": "llama", "mistral": "mistral_sharded"} | {
 }
 
 
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_experts_are_no_linears_in_transformers(torch: Any, theirs: Any, family: str):
+    """So its bitsandbytes integration cannot load them in 4 bits, as `docs/formats.md` says."""
+    model = theirs(GOLDEN / "models" / family)
+    linears = [name for name, x in model.named_modules() if isinstance(x, torch.nn.Linear)]
+    assert any("q_proj" in name for name in linears)
+    assert not any("experts" in name for name in linears)
+    experts = [x.ndim for name, x in model.named_parameters() if "experts" in name]
+    assert experts and set(experts) == {3}
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_merged_model_is_the_same_model_in_transformers(
     torch: Any, theirs: Any, tmp_path: Path, family: str
