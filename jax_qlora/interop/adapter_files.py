@@ -81,10 +81,20 @@ def write_adapter(path: Path, tensors: Mapping[str, np.ndarray], config: str) ->
 
 
 def _swap(new: Path, path: Path) -> None:
-    """Moves `new` to `path`; what was there stays whole until the new one is in place."""
+    """Moves `new` to `path`; what was there stays whole until the new one is in place.
+
+    The other files are copied before, so that nothing can fail once it is.
+    """
     if not path.exists():
         os.rename(new, path)
         return
+    for entry in path.iterdir():
+        if entry.name in (CONFIG_NAME, WEIGHTS_NAME):
+            continue
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.copytree(entry, new / entry.name, symlinks=True)
+        else:
+            shutil.copy2(entry, new / entry.name, follow_symlinks=False)
     old = path.with_name(f".{path.name}.old.{uuid.uuid4().hex}")
     os.rename(path, old)
     try:
@@ -92,7 +102,4 @@ def _swap(new: Path, path: Path) -> None:
     except OSError:
         os.rename(old, path)
         raise
-    for entry in old.iterdir():
-        if entry.name not in (CONFIG_NAME, WEIGHTS_NAME):
-            os.rename(entry, path / entry.name)
-    shutil.rmtree(old)
+    shutil.rmtree(old, ignore_errors=True)

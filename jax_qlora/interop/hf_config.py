@@ -33,7 +33,7 @@ def read_config(directory: str | Path) -> tuple[DecoderConfig, dict[str, Any]]:
             f"No config.json in '{directory}': expected a Hugging Face model directory, with "
             "config.json and *.safetensors."
         ) from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"'{file}' cannot be read as JSON: {error}. Download it again.") from error
     if not isinstance(raw, dict):
         raise InputError(f"'{file}': expected a JSON object, found {type(raw).__name__}.")

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The keys of a config.json, taken one by one, so that none is left that was not understood."""
 
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -74,7 +75,7 @@ class Keys:
 
     def number(self, key: str, *, optional: bool = False) -> Any:
         """Take a number as a float, or None if that is allowed."""
-        value = self._typed(key, "a number", lambda x: type(x) in (int, float), optional)
+        value = self._typed(key, "a number", is_number, optional)
         return None if value is None else float(value)
 
     def boolean(self, key: str) -> bool:
@@ -109,6 +110,11 @@ class Keys:
                     f"{self.where}: {key} is {value!r}, which is not implemented; expected "
                     f"{allowed[0]!r}."
                 )
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a number that a float can be; JSON has whole ones of any length."""
+    return type(value) is float or (type(value) is int and abs(value) <= sys.float_info.max)
 
 
 def read_rope(keys: Keys) -> tuple[float, RopeScaling | None]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
+from .hf_keys import is_number
 
 CONFIG_NAME = "adapter_config.json"
 
@@ -143,7 +144,9 @@ def read_config(directory: Path) -> PeftConfig:
         )
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as e:
+    except OSError as e:
+        raise InputError(f"{path} cannot be read: {e}.") from e
+    except (ValueError, RecursionError) as e:  # also what is no UTF-8
         raise InputError(f"{path} is not JSON: {e}. Save the adapter again.") from e
     if not isinstance(raw, dict):
         raise InputError(f"{path} holds a {type(raw).__name__}: expected a JSON object.")
@@ -158,14 +161,20 @@ def read_config(directory: Path) -> PeftConfig:
             raise InputError(f"{path}: {key} is {value!r}, expected {expected}.")
         return value
 
+    def number(key: str, default: float) -> float:
+        value = get(key, (int, float), default)
+        if not is_number(value):
+            raise InputError(f"{path}: {key} is {value!r}, expected a number that a float can be.")
+        return float(value)
+
     def names(key: str) -> str | tuple[str, ...]:
         value = get(key, (str, list), ())
         return value if isinstance(value, str) else tuple(map(str, value))
 
     fields = dict(
         rank=get("r", (int,), 8),
-        alpha=float(get("lora_alpha", (int, float), 8)),
-        dropout=float(get("lora_dropout", (int, float), 0.0)),
+        alpha=number("lora_alpha", 8),
+        dropout=number("lora_dropout", 0.0),
         rslora=get("use_rslora", (bool,), False),
         rank_pattern=get("rank_pattern", (dict,), {}),
         alpha_pattern=get("alpha_pattern", (dict,), {}),
@@ -247,7 +256,7 @@ def _check_values(fields: dict[str, Any], path: Path) -> None:
         ("alpha_pattern", fields["alpha_pattern"].values()),
     ):
         for alpha in alphas:
-            if not isinstance(alpha, int | float) or not math.isfinite(alpha):
+            if not is_number(alpha) or not math.isfinite(alpha):
                 raise InputError(f"{path}: {name} gives {alpha!r}, expected a finite number.")
     if not 0.0 <= fields["dropout"] < 1.0:
         raise InputError(f"{path}: lora_dropout is {fields['dropout']}, expected one in [0, 1).")

@@ -141,7 +141,9 @@ def read_header(file: str | Path) -> dict[str, StoredTensor]:
         try:
             dtype, shape = entry["dtype"], tuple(entry["shape"])
             start, stop = entry["data_offsets"]
-            sane = all(type(n) is int and n >= 0 for n in (*shape, start, stop))
+            sane = type(dtype) is str and all(
+                type(n) is int and n >= 0 for n in (*shape, start, stop)
+            )
         except (TypeError, KeyError, ValueError) as error:
             raise damaged(f"the entry of '{name}' is {entry!r}") from error
         if not sane:

@@ -98,6 +98,7 @@ def test_linear_rope_scaling(spelling: str):
         ({"hidden_size": "absent"}, "hidden_size is None; expected a whole number"),
         ({"hidden_size": "64"}, "hidden_size is '64'; expected a whole number"),
         ({"rms_norm_eps": "small"}, "rms_norm_eps is 'small'; expected a number"),
+        ({"rope_theta": 10**400, "rope_parameters": "absent"}, "rope_theta is 10+; expected a num"),
         ({"tie_word_embeddings": 1}, "tie_word_embeddings is 1; expected true or false"),
         ({"num_key_value_heads": 3}, r"config.json: .*n_heads \(4\) is not a multiple"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope_type is 'yarn'"),
@@ -172,7 +173,11 @@ def test_a_null_is_not_a_missing_key():
 def test_config_files_that_cannot_be_read(tmp_path: Path):
     with pytest.raises(InputError, match="No config.json in"):
         read_config(tmp_path)
-    for text, message in [("{", "cannot be read as JSON"), ("[]", "expected a JSON object")]:
+    for text, message in [
+        ("{", "cannot be read as JSON"),
+        ("[" * 200_000, "cannot be read as JSON"),
+        ("[]", "expected a JSON object"),
+    ]:
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(InputError, match=message):
             read_config(tmp_path)

@@ -343,6 +343,8 @@ def test_targets_by_regex_layers_and_exclusion_load(llama: Any, tmp_path: Path):
         ({"r": True}, "r is True, expected int"),
         ({"rank_pattern": {"q_proj": 2.5}}, "rank_pattern gives 2.5"),
         ({"lora_alpha": float("nan")}, "lora_alpha gives nan"),
+        ({"lora_alpha": 10**400}, "lora_alpha is 10+, expected a number that a float can be"),
+        ({"alpha_pattern": {"q_proj": 10**400}}, "alpha_pattern gives 10+, expected a finite"),
         ({"alpha_pattern": {"q_proj": "x"}}, "alpha_pattern gives 'x'"),
         ({"lora_dropout": 1.5}, "lora_dropout is 1.5"),
         ({"target_modules": None}, "target_modules is missing"),
@@ -397,6 +399,9 @@ def test_missing_and_damaged_files(llama: Any, tmp_path: Path):
     path = copy("qv_r4", tmp_path / "json")
     (path / "adapter_config.json").write_text('{"r": 4,')
     with pytest.raises(jq.InputError, match=r"adapter_config.json is not JSON: .*line 1"):
+        load_adapter(path, llama)
+    (path / "adapter_config.json").write_text("[" * 200_000)
+    with pytest.raises(jq.InputError, match=r"adapter_config.json is not JSON"):
         load_adapter(path, llama)
     (path / "adapter_config.json").write_text("[1]")
     with pytest.raises(jq.InputError, match="holds a list: expected a JSON object"):
@@ -514,6 +519,38 @@ def test_a_swap_that_fails_halfway(
     with pytest.raises(jq.InputError, match="Input/output error"):
         save_adapter(path, jax.tree.map(lambda x: 2 * x, adapter), tiny)
     assert_trees_close(load_adapter(path, tiny), adapter)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a"]
+
+
+def test_other_files_are_kept_before_the_swap(
+    tiny: Any, adapter: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Nothing is moved one by one after it, which could fail halfway."""
+    path = tmp_path / "a"
+    save_adapter(path, adapter, tiny)
+    (path / "notes").mkdir()
+    (path / "notes" / "a.txt").write_text("mine")
+    (path / "link").symlink_to("notes")
+    rename = adapter_files.os.rename
+
+    def directories_only(source: Any, target: Any) -> None:
+        if Path(target).parent == path:
+            raise OSError(errno.EIO, "Input/output error")
+        rename(source, target)
+
+    monkeypatch.setattr(adapter_files.os, "rename", directories_only)
+    doubled = jax.tree.map(lambda x: 2 * x, adapter)
+    save_adapter(path, doubled, tiny)
+    assert_trees_close(load_adapter(path, tiny), doubled)
+
+    def full(*args: Any, **options: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(adapter_files.shutil, "copy2", full)
+    with pytest.raises(jq.InputError, match="No space left"):
+        save_adapter(path, adapter, tiny)
+    assert_trees_close(load_adapter(path, tiny), doubled)
+    assert (path / "notes" / "a.txt").read_text() == "mine" and (path / "link").is_symlink()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a"]
 
 

@@ -102,6 +102,7 @@ ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
         ({"a": ENTRY, "b": ENTRY}, b"12345678", None, "tensor 'b' starts at byte .*, not"),
         ({"a": {**ENTRY, "data_offsets": [4, 12]}}, b"123412345678", None, "'a' starts at byte"),
         ({"a": {"dtype": "F32"}}, b"", None, "the entry of 'a' is"),
+        ({"a": {**ENTRY, "dtype": []}}, b"12345678", None, "the entry of 'a' is"),
         ({"a": {**ENTRY, "shape": [-2]}}, b"12345678", None, "the entry of 'a' is"),
         ({"a": {**ENTRY, "shape": [3]}}, b"12345678", None, r"F32 \[3\] needs 12 bytes and has 8"),
         ({"a": {**ENTRY, "dtype": "F8_E4M3"}}, b"12345678", None, "dtype F8_E4M3, which is not"),
