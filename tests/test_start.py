@@ -71,7 +71,7 @@ def test_a_run_from_what_quantization_lost(tmp_path):
     assert adapter is not None
     path = tmp_path / "run" / "checkpoints" / "step-000001"
     described = json.loads((path / "meta" / "metadata").read_text())["arrays"]
-    arrays = checkpoint._read(path.absolute(), described)
+    arrays = checkpoint._read(path.absolute(), described, dict.fromkeys(described))
     trained = {
         path: dataclasses.replace(
             pair, **{f: arrays[f"trainable/{path}/{f}"] for f in ("a", "b", "magnitude")}

@@ -51,7 +51,12 @@ class Arguments(Source):
 
 
 def run(args: Sequence[str]) -> int:
-    """Answer each prompt."""
+    """Answer each prompt.
+
+    Raises:
+        InputError: Bad arguments, model, adapter or prompt; or adapters to compare over a run whose
+            base is its own.
+    """
     arguments = parse(Arguments, args, prog="jax-qlora generate")
     keep_compiled()
     name, adapter_path, settings = complete(arguments)

@@ -83,7 +83,11 @@ class Keys:
         return self._typed(key, "true or false", lambda x: type(x) is bool, False)
 
     def tokens(self, key: str) -> tuple[int, ...]:
-        """Take one token id, several, or none."""
+        """Take one token id, several, or none.
+
+        Raises:
+            InputError: It is something else.
+        """
         value = self.pop(key)
         value = value if isinstance(value, list) else [] if value is None else [value]
         if not all(type(x) is int for x in value):
@@ -97,7 +101,11 @@ class Keys:
         return value
 
     def refuse_rest(self) -> None:
-        """Raise InputError at the first key that is left and may change what is computed."""
+        """Refuse the first key that is left and may change what is computed.
+
+        Raises:
+            InputError: There is one.
+        """
         for key, value in self.rest.items():
             if key not in self.neutral:
                 raise InputError(

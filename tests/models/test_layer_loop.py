@@ -14,7 +14,6 @@ import jax_qlora as jq
 from jax_qlora.models import Model, decoder_functions
 from jax_qlora.models.layer_loop import _chunk_size
 from jax_qlora.quant.streaming import fetch
-from tests.helpers import assert_trees_close
 from tests.lift.walk import shapes_of
 from tests.tiny import quantized, tiny_model
 
@@ -58,6 +57,16 @@ def gradients(weights: str, **how: Any) -> Any:
     return jax.jit(jax.value_and_grad(loss))(adapter)
 
 
+def assert_close_in_norm(got: Any, want: Any) -> None:
+    """Leaf by leaf, to 1e-4: an element is a sum over 600 tokens in another order."""
+    for (path, w), g in zip(
+        jax.tree_util.tree_leaves_with_path(want), jax.tree.leaves(got), strict=True
+    ):
+        assert g.shape == w.shape
+        error, size = float(jnp.linalg.norm(g - w)), float(jnp.linalg.norm(w))
+        assert error <= 1e-4 * size, (jax.tree_util.keystr(path), error / size)
+
+
 @pytest.mark.parametrize(
     ("weights", "chunk"), [("dense", CHUNKED), ("4 bits", CHUNKED), ("4 bits", WHOLE)]
 )
@@ -65,7 +74,8 @@ def test_gradients_are_those_of_autodiff(weights: str, chunk: int):
     """Whole layers, and chunks of which the last is half empty."""
     want = gradients(weights)
     got = gradients(weights, remat="full", layer_chunk=chunk)
-    assert_trees_close(got, want, rtol=1e-3, atol=1e-5)
+    assert float(got[0]) == pytest.approx(float(want[0]), rel=1e-5)
+    assert_close_in_norm(got[1], want[1])
     layers = got[1]["layers"] if weights == "dense" else got[1]
     moved = [float(jnp.max(jnp.abs(g))) for g in jax.tree.leaves(layers)]
     assert all(size > 1e-4 for size in moved)
@@ -156,7 +166,7 @@ def test_several_adapters_at_once():
     both = jax.tree.map(lambda x: jnp.stack([x, 0.5 * x]), adapter)
     second = jax.tree.map(lambda x: x[1], jax.jit(jax.vmap(grad))(both))
     want = jax.jit(grad)(jax.tree.map(lambda x: x[1], both))
-    assert_trees_close(second, want, rtol=1e-3, atol=1e-5)
+    assert_close_in_norm(second, want)
 
 
 def test_a_long_sequence_is_never_whole_where_it_is_wide():
