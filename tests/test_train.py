@@ -552,13 +552,18 @@ def test_a_full_disk_is_found_before_training(tmp_path, monkeypatch):
 
 
 def test_a_ctrl_c_that_python_drops_is_not_lost():
-    with interrupts() as check:
-        check()
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
-        with pytest.raises(KeyboardInterrupt):
-            check()  # as where the exception was raised in a callback, and ignored
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    # a shell's background job starts with the signal ignored
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with interrupts() as check:
+            check()
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGINT)
+            with pytest.raises(KeyboardInterrupt):
+                check()  # as where the exception was raised in a callback, and ignored
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_the_second_ctrl_c_stops_at_once():

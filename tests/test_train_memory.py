@@ -87,8 +87,10 @@ def test_running_out_is_explained_with_three_changes(monkeypatch: pytest.MonkeyP
         *parts, "activations and temporaries",
     ]  # fmt: skip
     assert lines[6] == "Changes that would fit, the cheapest first (estimates):"
-    assert 1 <= len(lines[7:]) <= 3 and lines[7].startswith("  train.batch_size = ")
-    for line in lines[7:]:
+    *changes, last = lines[7:]
+    assert 1 <= len(changes) <= 3 and changes[0].startswith("  train.batch_size = ")
+    assert "make another run" in last
+    for line in changes:
         needs, less = line.partition(": ")[2].split(" GiB ", 1)
         assert float(needs) <= 9 and less.startswith("(-")
 

@@ -148,7 +148,7 @@ def _temporaries(
     working = 0 if config.method == "lora" else 4 * max(d * ff, d * q)
     if looped:
         chunk = min(tokens, max(config.train.layer_chunk, 256 * config.train.batch_size))
-        working += stream + 12 * tokens * kv + chunk * (12 * d + 8 * q + 10 * ff)
+        working += stream + 12 * tokens * kv + chunk * (6 * d + 4 * q + 10 * ff)
     else:
         working += tokens * (12 * d + 8 * q + 2 * kv) + _gated(seq, tokens, ff)
     working += fetched
