@@ -7,6 +7,7 @@ jax's own variables rule it: `JAX_COMPILATION_CACHE_DIR` is another place, and
 
 import os
 from pathlib import Path
+from typing import Any
 
 from ..interop.download import cache_directory
 
@@ -27,7 +28,8 @@ def keep_compiled() -> Path | None:
     """
     import jax
 
-    if jax.config.jax_compilation_cache_dir or not jax.config.jax_enable_compilation_cache:
+    now: Any = jax.config
+    if now.jax_compilation_cache_dir or not now.jax_enable_compilation_cache:
         return None
     if jax.__version_info__ < (0, 12) and jax.default_backend() == "cpu":
         return None

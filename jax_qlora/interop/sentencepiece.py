@@ -37,8 +37,9 @@ def sentencepiece_bpe(
             byte_fallback=bytes_too,
         )
     )
+    make_prepend: Any = normalizers.Prepend
     replace = normalizers.Replace(" ", _SPACE)
-    prepend = [normalizers.Prepend(_SPACE)] if space_prefix else []
+    prepend = [make_prepend(_SPACE)] if space_prefix else []
     tokenizer.normalizer = normalizers.Sequence([*prepend, replace])
     parts = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     if space_prefix:

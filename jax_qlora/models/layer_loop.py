@@ -125,7 +125,8 @@ def run_layers(
         x, context = jax.tree.map(
             lambda a: jnp.pad(a, [(0, 0), (0, padding)] + [(0, 0)] * (a.ndim - 2)), (x, context)
         )
-    return _run(loop, size, layers, x, context, data)[:, :seq]
+    y: Any = _run(loop, size, layers, x, context, data)
+    return y[:, :seq]
 
 
 def _chunk_size(seq: int, most: int) -> int:

@@ -130,8 +130,9 @@ def test_rows_are_encoded_in_pieces_as_a_whole(monkeypatch: pytest.MonkeyPatch, 
     whole = encode_rows(lambda a, b: x[a:b], shape, NF4, where="x")
     monkeypatch.setattr("jax_qlora.interop.bnb_write._CHUNK", 64)
     pieces = encode_rows(lambda a, b: x[a:b], shape, NF4, where="x")
-    for got, want in zip(pieces, whole, strict=True):
-        np.testing.assert_array_equal(got, want)
+    pair: Any
+    for pair in zip(pieces, whole, strict=True):
+        np.testing.assert_array_equal(*pair)
     assert whole.codes.size == -(-x.size // 2)
     x[-1, -1] = np.nan
     with pytest.raises(InputError, match="x has values that are not finite"):

@@ -80,7 +80,7 @@ def main() -> None:
     import transformers
 
     torch.set_num_threads(1)
-    arrays: dict[str, np.ndarray] = {}
+    arrays: dict[str, Any] = {}
     for name, (prefix, settings) in MODELS.items():
         torch.manual_seed(0)
         config = getattr(transformers, f"{prefix}Config")(**settings)
