@@ -37,10 +37,10 @@ def sentencepiece_bpe(
             byte_fallback=bytes_too,
         )
     )
-    make_prepend: Any = normalizers.Prepend
+    make_sequence: Any = normalizers.Sequence
     replace = normalizers.Replace(" ", _SPACE)
-    prepend = [make_prepend(_SPACE)] if space_prefix else []
-    tokenizer.normalizer = normalizers.Sequence([*prepend, replace])
+    prepend = [normalizers.Prepend(_SPACE)] if space_prefix else []
+    tokenizer.normalizer = make_sequence([*prepend, replace])
     parts = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     if space_prefix:
         parts.append(decoders.Strip(" ", 1, 0))
