@@ -20,10 +20,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from measure import Report, interleave, milliseconds, ratio
+from step_jax import shape_of
 
 import jax_qlora as jq
 from jax_qlora.generate import CACHE_AXES
-from jax_qlora.models import DecoderConfig, Model, abstract_params, decoder_functions
+from jax_qlora.models import Model, abstract_params, decoder_functions
 from jax_qlora.optim import adamw
 from jax_qlora.tree import map_with_path
 
@@ -33,18 +34,8 @@ SIZES |= dict(batch=16, seq=64, rank=16)
 
 def build(args: argparse.Namespace) -> tuple[Model, Any]:
     """A model whose base is random and in 4 bits, and its targets."""
-    shape = DecoderConfig(
-        vocab_size=args.vocab,
-        d_model=args.hidden,
-        d_ff=args.intermediate,
-        n_layers=args.layers,
-        n_heads=args.heads,
-        n_kv_heads=args.kv_heads,
-        head_dim=args.hidden // args.heads,
-        max_length=args.seq + 1,
-    )
-    dtype = jnp.dtype(args.dtype)
-    functions = decoder_functions(shape, compute_dtype=dtype)
+    shape, dtype = shape_of(args), jnp.dtype(args.dtype)
+    functions = decoder_functions(shape, compute_dtype=dtype, transform=jq.lift)
     abstract = abstract_params(shape)
     example = jax.ShapeDtypeStruct((args.batch, args.seq), jnp.int32)
     targets = jq.find_targets(functions.apply, abstract, example)
@@ -56,7 +47,6 @@ def build(args: argparse.Namespace) -> tuple[Model, Any]:
         return jnp.asarray(0.02 * rng.standard_normal(leaf.shape, np.float32), dtype)
 
     base = jq.quantize(map_with_path(draw, abstract), targets)
-    functions = functions.map(jq.lift)
     return Model(config=shape, params=base, functions=functions, compute_dtype=dtype), targets
 
 

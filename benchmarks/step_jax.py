@@ -21,9 +21,9 @@ from jax_qlora.train.step import CompiledSteps, init_state, make_step
 from jax_qlora.tree import map_with_path
 
 
-def build(args: argparse.Namespace) -> tuple[Runs, dict[str, Any]]:
-    """The step, and what there is to say about the model."""
-    shape = DecoderConfig(
+def shape_of(args: argparse.Namespace) -> DecoderConfig:
+    """The model that the arguments describe."""
+    return DecoderConfig(
         vocab_size=args.vocab,
         d_model=args.hidden,
         d_ff=args.intermediate,
@@ -33,8 +33,13 @@ def build(args: argparse.Namespace) -> tuple[Runs, dict[str, Any]]:
         head_dim=args.hidden // args.heads,
         max_length=max(2048, args.seq),
     )
-    dtype = jnp.dtype(args.dtype)
-    functions = decoder_functions(shape, compute_dtype=dtype, remat=args.remat)
+
+
+def build(args: argparse.Namespace) -> tuple[Runs, dict[str, Any]]:
+    """The step, and what there is to say about the model."""
+    shape, dtype = shape_of(args), jnp.dtype(args.dtype)
+    # as the trainer has them: with remat "full" the layers run in the loop of their own
+    functions = decoder_functions(shape, compute_dtype=dtype, remat=args.remat, transform=jq.lift)
     abstract = abstract_params(shape)
     example = jax.ShapeDtypeStruct((args.batch, args.seq), jnp.int32)
     targets = jq.find_targets(functions.apply, abstract, example)
@@ -55,7 +60,7 @@ def build(args: argparse.Namespace) -> tuple[Runs, dict[str, Any]]:
 
     base = jax.block_until_ready(map_with_path(draw, abstract))
     adapter = jq.init_adapter(jax.random.key(0), targets, rank=args.rank, alpha=2 * args.rank)
-    model = Model(config=shape, params=base, functions=functions.map(jq.lift), compute_dtype=dtype)
+    model = Model(config=shape, params=base, functions=functions, compute_dtype=dtype)
     optimizer = adamw(1e-4)
     step = make_step(model, optimizer, Config(), width=args.seq - 1)
     steps = CompiledSteps(step, base, Config(), Display(Console(file=io.StringIO())))

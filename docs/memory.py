@@ -35,7 +35,7 @@ CASES = [
         "33B rank 64 on 24 GB",
         "llama-33b",
         "rtx4090",
-        {"rank": 64, "placement": "host", "remat": "offload"},
+        {"rank": 64, "placement": "host", "remat": "offload", "layer_chunk": 256},
     ),
     ("65B on 48 GB", "llama-65b", "a6000", {"remat": "offload"}),
     (

@@ -56,8 +56,7 @@ class QuantConfig:
     double_quant: bool = True
     """Quantize the scales as well (saves 0.37 bits a weight)."""
     embeddings: bool = False
-    """Quantize the embedding and the output head too. They decide more than a layer's weights do:
-    measure what it costs."""
+    """Quantize the embedding and the output head too."""
     streamed: bool = False
     """Keep the 4-bit weights in host memory, each layer fetched when it is used: a model far larger
     than the device trains on it, while codes cross the bus twice a step."""

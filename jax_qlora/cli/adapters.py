@@ -52,7 +52,10 @@ def run(args: Sequence[str]) -> int:
     Raises:
         InputError: No such subcommand, bad arguments, or adapters that do not go together.
     """
-    if not args or args[0] in ("-h", "--help"):
+    if not args:
+        print("usage: jax-qlora adapters combine OUTPUT ADAPTER ... --method METHOD")
+        return 2
+    if args[0] in ("-h", "--help"):
         args = ["combine", "--help"]
     if args[0] != "combine":
         raise InputError(

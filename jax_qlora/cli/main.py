@@ -34,6 +34,9 @@ def main(args: Sequence[str] | None = None) -> int:
 
     Returns:
         Exit status: 0, or 2 for bad input, 130 after Ctrl-C, 143 after SIGTERM.
+
+    Raises:
+        ModuleNotFoundError: A module of this package is missing: a broken installation.
     """
     args = list(sys.argv[1:] if args is None else args)
     if _installed("jax-cuda13-pjrt") and not _installed("jax-cuda13-plugin"):

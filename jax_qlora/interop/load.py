@@ -13,10 +13,8 @@ from ..lift import lift
 from ..models import Model, decoder_functions
 from ..quant.streaming import check_host_memory, fetch
 from ..typing import Array
-from .bnb import check_quantization
-from .hf_config import read_config
 from .load_params import Encoding, load_params
-from .safetensors import read_directory
+from .open import find_tokenizer, open_checkpoint
 
 
 def load_model(
@@ -65,19 +63,10 @@ def load_model(
             architecture or a setting is not implemented; a weight is not finite; the device has
             no host memory for what is to wait there.
     """
-    from .download import resolve
-
     check_host_memory(streamed=streamed, remat=remat)
-    path = resolve(path)
-    if path.suffix == ".gguf":
-        from .gguf import read_gguf
-
-        config, tensors = read_gguf(path)
-        dtype = dtype or (jnp.float32 if quantization is None else jnp.bfloat16)
-    else:
-        config, raw = read_config(path)
-        check_quantization(raw, where=f"'{path / 'config.json'}'")
-        tensors = read_directory(path)
+    path, config, tensors, raw = open_checkpoint(path)
+    if raw is None and dtype is None:  # a .gguf file says nothing of how weights were held
+        dtype = jnp.float32 if quantization is None else jnp.bfloat16
     compute = jnp.dtype(default_compute_dtype() if compute_dtype is None else compute_dtype)
     functions = decoder_functions(
         config,
@@ -104,7 +93,7 @@ def load_model(
         params=params,
         functions=functions.map(jax.jit),
         compute_dtype=compute,
-        tokenizer=_tokenizer(path),
+        tokenizer=find_tokenizer(path),
     )
 
 
@@ -129,12 +118,3 @@ def training_compute_dtype() -> Any:
         if {"avx512_bf16", "amx_bf16"} & set(flags.read_text("utf-8").split()):
             return jnp.bfloat16
     return default_compute_dtype()
-
-
-def _tokenizer(path: Path) -> Any:
-    """The tokenizer beside the weights, or None where there is none."""
-    if path.is_dir() and not (path / "tokenizer.json").is_file():
-        return None
-    from .tokenizer import load_tokenizer
-
-    return load_tokenizer(path)

@@ -30,7 +30,12 @@ from .tpu import describe_chip, wanted_bytes
 
 
 def compile_case(decoder: DecoderConfig, config: Config, card: Gpu | Tpu, *, seq: int) -> Bytes:
-    """Compiles the training step for a card or chip; returns what it needs, by part."""
+    """Compiles the training step for a card or chip; returns what it needs, by part.
+
+    Raises:
+        JaxRuntimeError: The compiler failed, other than for want of memory.
+        InputError: It cannot run here.
+    """
     lowered, options, run = lower_step(decoder, config, card, seq=seq)
     paged = config.optim.placement == "host"
     parts = held(run.state.trainable, run.state.optimizer, run.frozen, paged=paged)

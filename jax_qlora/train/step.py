@@ -157,7 +157,8 @@ def _skip_overflow(old: TrainState, new: TrainState, fine: Array) -> TrainState:
 def compiler_options(config: Config, platform: str) -> dict[str, Any]:
     """Return what the compiler is told: to fetch streamed weights while it computes.
 
-    Elsewhere the same scheduling would only hold more at once.
+    With less than half of what a card has left, so that as much again stays free. Elsewhere the
+    same scheduling would only hold more at once.
 
     Args:
         config: Settings of the run.

@@ -88,8 +88,11 @@ def test_the_command(model, tmp_path, capsys):
 
 
 def test_subcommands(capsys):
-    with pytest.raises(SystemExit):
-        main(["adapters"])
+    assert main(["adapters"]) == 2
+    assert "adapters combine OUTPUT" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as ended:
+        main(["adapters", "--help"])
+    assert ended.value.code == 0
     assert "usage: jax-qlora adapters combine" in capsys.readouterr().out
     assert main(["adapters", "combin"]) == 2
     assert "Did you mean 'combine'?" in capsys.readouterr().err

@@ -184,6 +184,16 @@ def test_a_long_sequence_is_never_whole_where_it_is_wide():
     assert max(widths) <= config.d_model, widths
 
 
+@pytest.mark.parametrize("seq", [4, 700])
+def test_targets_are_found_in_the_loop(seq: int):
+    """Layers looked up by number are the stacks that they come from."""
+    model, _, adapter = tiny()
+    functions = decoder_functions(model.config, transform=jq.lift, remat="full", layer_chunk=256)
+    tokens = jax.ShapeDtypeStruct((1, seq), jnp.int32)
+    targets = jq.find_targets(functions.apply, model.params, tokens)
+    assert {path: target.lead for path, target in targets.items()} == dict.fromkeys(adapter, (2,))
+
+
 @pytest.mark.parametrize(
     ("seq", "most", "size"),
     [(300, 300, 300), (300, 299, 256), (2048, 512, 512), (1100, 1024, 768), (5, 1, 5)],
