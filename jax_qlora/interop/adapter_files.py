@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The two files of an adapter's directory, read whole and replaced whole."""
 
-import os
 import shutil
 import uuid
 from collections.abc import Mapping
@@ -11,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..errors import InputError
+from .output import move_into_place
 from .peft_config import CONFIG_NAME
 from .safetensors import read_header
 from .safetensors_write import PlannedTensor, write_file
@@ -70,7 +70,8 @@ def write_adapter(path: Path, tensors: Mapping[str, np.ndarray], config: str) ->
             not np.array_equal(back[name], x) for name, x in tensors.items()
         ):
             raise OSError("what was read back differs from what was written")
-        _swap(aside, path)
+        _keep_others(path, aside)
+        move_into_place(aside, path)
     except OSError as e:
         raise InputError(
             f"the adapter cannot be written to {path}: {e}. Anything that was there is as it was; "
@@ -80,26 +81,12 @@ def write_adapter(path: Path, tensors: Mapping[str, np.ndarray], config: str) ->
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def _swap(new: Path, path: Path) -> None:
-    """Moves `new` to `path`; what was there stays whole until the new one is in place.
-
-    The other files are copied before, so that nothing can fail once it is.
-    """
-    if not path.exists():
-        os.rename(new, path)
-        return
-    for entry in path.iterdir():
+def _keep_others(path: Path, new: Path) -> None:
+    """Copies the other files of an adapter's directory, so that nothing can fail once it moves."""
+    for entry in path.iterdir() if path.exists() else ():
         if entry.name in (CONFIG_NAME, WEIGHTS_NAME):
             continue
         if entry.is_dir() and not entry.is_symlink():
             shutil.copytree(entry, new / entry.name, symlinks=True)
         else:
             shutil.copy2(entry, new / entry.name, follow_symlinks=False)
-    old = path.with_name(f".{path.name}.old.{uuid.uuid4().hex}")
-    os.rename(path, old)
-    try:
-        os.rename(new, path)
-    except OSError:
-        os.rename(old, path)
-        raise
-    shutil.rmtree(old, ignore_errors=True)

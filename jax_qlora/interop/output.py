@@ -41,7 +41,7 @@ def new_directory(directory: str | Path, *, overwrite: bool = False) -> Iterator
     try:
         yield temporary
         temporary.chmod(0o755)
-        _move(temporary, directory)
+        move_into_place(temporary, directory)
     except OSError as error:
         raise _cannot_write(directory, error) from error
     finally:
@@ -127,8 +127,13 @@ def _cannot_write(path: Path, error: OSError) -> InputError:
     return InputError(f"'{path}' cannot be written: {error.strerror or error}.{full}")
 
 
-def _move(new: Path, directory: Path) -> None:
-    """Put `new` in its place; what is there stays until then."""
+def move_into_place(new: Path, directory: Path) -> None:
+    """Put a complete directory in its place; what is there stays until then.
+
+    Args:
+        new: The directory, beside its place.
+        directory: Its place.
+    """
     if not directory.exists() or not any(directory.iterdir()):
         os.replace(new, directory)
         return

@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ..errors import InputError
 from ..quant import QuantizedArray, dequantize
 from ..quant.array import lookup_rows
 from ..quant.layout import KernelLayout
@@ -16,13 +15,14 @@ from ..quant.matmul import accumulator, dot
 from ..tree import pytree
 from ..typing import Array, Float
 from .dora import row_factors
+from .over_base import OverBase
 from .pair import LoraPair
 from .tokens import TokenArray, replace_rows
 
 
 @pytree()
 @dataclasses.dataclass(frozen=True, kw_only=True, repr=False, eq=False)
-class LoraArray:
+class LoraArray(OverBase):
     """A frozen kernel and its low-rank update, as one value: `base + scale * (b @ a)`.
 
     With DoRA the rows of that sum are rescaled to `pair.magnitude`; see `lora.dora`.
@@ -40,21 +40,6 @@ class LoraArray:
     dropout_key: Any
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the kernel."""
-        return tuple(self.base.shape)
-
-    @property
-    def ndim(self) -> int:
-        """Number of axes of the kernel."""
-        return len(self.base.shape)
-
-    @property
-    def dtype(self) -> Any:
-        """Dtype of the kernel, not of the update (which is float32)."""
-        return self.base.dtype
-
-    @property
     def lead(self) -> tuple[int, ...]:
         """Sizes of the leading layer and expert axes."""
         return self.pair.lead
@@ -68,13 +53,6 @@ class LoraArray:
         dense = hasattr(self.base, "shape") and not isinstance(self.base, QuantizedArray)
         base = f"{self.dtype} {self.shape}" if dense else repr(self.base)
         return f"LoraArray({base}, {self.pair!r})"
-
-    def __jax_array__(self) -> Array:
-        raise InputError(
-            f"{self!r} was used as an array: expected a function run by jax_qlora.lift, found jax "
-            "applied to the adapted kernel itself. Call lift(f)(params, ...) instead of "
-            "f(params, ...), or make it dense with jax_qlora.merge."
-        )
 
 
 def is_special(x: Any) -> bool:

@@ -10,6 +10,7 @@ from ..quant.layout import KernelLayout
 from ..quant.matmul import dot
 from ..tree import pytree
 from ..typing import Array, Float
+from .over_base import OverBase
 
 
 @pytree(static=("indices", "layout"))
@@ -33,7 +34,7 @@ class TokenRows:
 
 @pytree()
 @dataclasses.dataclass(frozen=True, kw_only=True, repr=False, eq=False)
-class TokenArray:
+class TokenArray(OverBase):
     """A frozen weight of which some rows train, as one value; `attach` makes it.
 
     Attributes:
@@ -43,21 +44,6 @@ class TokenArray:
 
     base: Any
     tokens: TokenRows
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the weight."""
-        return tuple(self.base.shape)
-
-    @property
-    def ndim(self) -> int:
-        """Number of axes of the weight."""
-        return len(self.base.shape)
-
-    @property
-    def dtype(self) -> Any:
-        """Dtype of the weight."""
-        return self.base.dtype
 
     @property
     def layout(self) -> KernelLayout:

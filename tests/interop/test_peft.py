@@ -3,6 +3,7 @@ import dataclasses
 import errno
 import json
 import math
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -483,7 +484,7 @@ def test_a_full_disk_leaves_the_old_adapter(
     def full(*args: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(adapter_files.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(jq.InputError, match="cannot be written: No space left"):
         save_adapter(path, jax.tree.map(lambda x: 2 * x, adapter), tiny)
     assert_trees_close(load_adapter(path, tiny), adapter)
@@ -507,7 +508,7 @@ def test_a_swap_that_fails_halfway(
 ):
     path = tmp_path / "a"
     save_adapter(path, adapter, tiny)
-    rename, calls = adapter_files.os.rename, []
+    rename, calls = os.rename, []
 
     def second_fails(source: Any, target: Any) -> None:
         calls.append(target)
@@ -515,7 +516,7 @@ def test_a_swap_that_fails_halfway(
             raise OSError(errno.EIO, "Input/output error")
         rename(source, target)
 
-    monkeypatch.setattr(adapter_files.os, "rename", second_fails)
+    monkeypatch.setattr(os, "rename", second_fails)
     with pytest.raises(jq.InputError, match="Input/output error"):
         save_adapter(path, jax.tree.map(lambda x: 2 * x, adapter), tiny)
     assert_trees_close(load_adapter(path, tiny), adapter)
@@ -531,14 +532,14 @@ def test_other_files_are_kept_before_the_swap(
     (path / "notes").mkdir()
     (path / "notes" / "a.txt").write_text("mine")
     (path / "link").symlink_to("notes")
-    rename = adapter_files.os.rename
+    rename = os.rename
 
     def directories_only(source: Any, target: Any) -> None:
         if Path(target).parent == path:
             raise OSError(errno.EIO, "Input/output error")
         rename(source, target)
 
-    monkeypatch.setattr(adapter_files.os, "rename", directories_only)
+    monkeypatch.setattr(os, "rename", directories_only)
     doubled = jax.tree.map(lambda x: 2 * x, adapter)
     save_adapter(path, doubled, tiny)
     assert_trees_close(load_adapter(path, tiny), doubled)
