@@ -157,8 +157,8 @@ def _skip_overflow(old: TrainState, new: TrainState, fine: Array) -> TrainState:
 def compiler_options(config: Config, platform: str) -> dict[str, Any]:
     """Return what the compiler is told: to fetch streamed weights while it computes.
 
-    With less than half of what a card has left, so that as much again stays free. Elsewhere the
-    same scheduling would only hold more at once.
+    For that it may hold two fifths of what the arguments leave of a card. Elsewhere the same
+    scheduling would only hold more at once.
 
     Args:
         config: Settings of the run.
@@ -167,7 +167,7 @@ def compiler_options(config: Config, platform: str) -> dict[str, Any]:
     if platform == "gpu" and config.quant.streamed:
         return {
             "xla_gpu_enable_latency_hiding_scheduler": True,
-            "xla_gpu_memory_limit_slop_factor": 40,  # percent of what the card has left
+            "xla_gpu_memory_limit_slop_factor": 40,  # percent
         }
     return {}
 
