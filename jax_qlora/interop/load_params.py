@@ -6,6 +6,7 @@ nor a whole dense tensor ever exists: what is held beyond the parameters is one 
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -254,11 +255,18 @@ def _chunks(tensor: Tensor) -> Iterator[tuple[int, np.ndarray]]:
     """Cut a tensor into runs of rows, each with the number of its first.
 
     All are of one size, so that one compilation encodes them; the last may overlap the one before.
+    While one is used, the next is read.
     """
     rows = tensor.shape[0]
     step = min(rows, max(1, _CHUNK // int(np.prod(tensor.shape[1:]))))
-    for start in [*range(0, rows - step, step), rows - step]:
-        yield start, tensor.read(start, start + step)
+    starts = [*range(0, rows - step, step), rows - step]
+    with ThreadPoolExecutor(max_workers=1) as reader:
+        ahead = reader.submit(tensor.read, 0, step)
+        for start, following in zip(starts, [*starts[1:], None], strict=True):
+            chunk = ahead.result()
+            if following is not None:
+                ahead = reader.submit(tensor.read, following, following + step)
+            yield start, chunk
 
 
 def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
