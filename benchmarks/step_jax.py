@@ -45,6 +45,12 @@ def build(args: argparse.Namespace) -> tuple[Runs, dict[str, Any]]:
     targets = jq.find_targets(functions.apply, abstract, example)
     rng = np.random.default_rng(0)
 
+    def kept(path: str, leaf: Any) -> Any:
+        """The shapes of what `draw` returns."""
+        x = jax.ShapeDtypeStruct(leaf.shape, dtype)
+        quantized = args.mode == "qlora" and path in targets
+        return jax.eval_shape(jq.quantize_array, x) if quantized else x
+
     def draw(path: str, leaf: Any) -> Any:
         """One parameter, a stacked kernel layer by layer, as a checkpoint is read."""
         if path.endswith("scale"):
@@ -58,20 +64,28 @@ def build(args: argparse.Namespace) -> tuple[Runs, dict[str, Any]]:
         layers = [jq.quantize_array(normal(leaf.shape[1:])) for _ in range(leaf.shape[0])]
         return jax.tree.map(lambda *parts: jnp.stack(parts), *layers)
 
-    base = jax.block_until_ready(map_with_path(draw, abstract))
     adapter = jq.init_adapter(jax.random.key(0), targets, rank=args.rank, alpha=2 * args.rank)
-    model = Model(config=shape, params=base, functions=functions, compute_dtype=dtype)
+    model = Model(config=shape, params=None, functions=functions, compute_dtype=dtype)
     optimizer = adamw(1e-4)
     step = make_step(model, optimizer, Config(), width=args.seq - 1)
-    steps = CompiledSteps(step, base, Config(), Display(Console(file=io.StringIO())))
+    steps = CompiledSteps(step, Config(), Display(Console(file=io.StringIO())))
     state = init_state(adapter, optimizer)
     tokens = rng.integers(0, args.vocab, (1, args.batch, args.seq), dtype=np.int32)
     all_true = np.ones(tokens.shape, bool)
     batch = {"tokens": tokens, "loss_mask": all_true, "attention_mask": all_true}
+    # as the trainer does it: compiled from shapes, before there are weights
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shapes = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here),
+        map_with_path(kept, abstract),
+    )
+    steps.compile(state, shapes, batch)
+    base = jax.block_until_ready(map_with_path(draw, abstract))
+    steps.compile(state, base, batch)  # nothing is left to do, unless the form differs
 
     def run() -> float:
         nonlocal state
-        state, values = steps(state, batch)
+        state, values = steps(state, base, batch)
         return float(values["loss"])
 
     trainable = sum(x.size for x in jax.tree.leaves(adapter))

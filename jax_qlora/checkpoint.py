@@ -20,7 +20,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 
 from .config import nearest
 from .errors import InputError
@@ -198,6 +197,8 @@ def _sum_of_bits(x: Array, place: Array) -> Array:
 
 
 def _write(path: Path, arrays: dict[str, Any], meta: dict[str, Any]) -> None:
+    import orbax.checkpoint as ocp  # 25 MB that a run can do without until its first checkpoint
+
     described = {name: _describe(x) for name, x in arrays.items()}
     items = ocp.args.Composite(
         arrays=ocp.args.StandardSave({_key(name): jnp.asarray(x) for name, x in arrays.items()}),
@@ -212,6 +213,8 @@ def _write(path: Path, arrays: dict[str, Any], meta: dict[str, Any]) -> None:
 
 
 def _read(path: Path, described: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, Array]:
+    import orbax.checkpoint as ocp
+
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     wanted = {
         _key(name): jax.ShapeDtypeStruct(

@@ -2,7 +2,9 @@
 """Runs that start from the weights: what is trained, what is written, and reading it back."""
 
 import dataclasses
+import io
 import json
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -10,18 +12,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from rich.console import Console
 
 import jax_qlora as jq
 from jax_qlora import checkpoint
 from jax_qlora.cli.loading import Source, complete, load
-from jax_qlora.config import from_table
+from jax_qlora.config import from_table, to_toml
 from jax_qlora.errors import InputError
 from jax_qlora.interop.peft import load_adapter
 from jax_qlora.interop.peft_config import read_config
-from jax_qlora.train import train
+from jax_qlora.optim import make_paging
+from jax_qlora.report import Display
+from jax_qlora.train import init_state, recipe, train
+from jax_qlora.train.examples import load_data, read_description
 from jax_qlora.train.outcome import _export
-from jax_qlora.train.recipe import find_decoder_targets
-from jax_qlora.train.start import load_start
+from jax_qlora.train.recipe import run_shapes
+from jax_qlora.train.start import find_decoder_targets, load_start
+from jax_qlora.train.step import form_of, make_optimizer
 
 from .helpers import GOLDEN, assert_trees_close, normal
 
@@ -41,6 +48,38 @@ def settings(output: Path, method: str, **lora: Any) -> Any:
         "eval": {"examples": 1, "answers": 0},
     }
     return from_table(table)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"method": "lora"},
+        {"method": "full"},
+        {"lora": {"init": "pissa_niter_4"}},
+        {"lora": {"dora": True}},
+        {"quant": {"embeddings": True}},
+        {"quant": {"streamed": True, "double_quant": False}},
+        {"optim": {"state": "8bit"}, "train": {"accumulate": 2, "compute_dtype": "float16"}},
+    ],
+    ids=str,
+)
+def test_what_is_compiled_before_weights_are_read_is_what_a_run_has(tmp_path, change):
+    """Otherwise it would be compiled twice: the first time in vain."""
+    table = tomllib.loads(to_toml(settings(tmp_path, "qlora")))
+    for key, value in change.items():
+        table[key] = table[key] | value if isinstance(value, dict) else value
+    config = from_table(table)
+    decoder, tokenizer = read_description(config.model)
+    data = load_data(config, tokenizer, context=decoder.max_length)
+    shapes = run_shapes(config, decoder, data, make_paging("device"))
+    with Display(Console(file=io.StringIO())) as show:
+        targets = None if config.method == "full" else find_decoder_targets(decoder, config)
+        model, trainable, frozen = recipe.load(config, targets, show)
+    optimizer, _ = make_optimizer(config.optim, config.train.steps)
+    state = init_state(trainable, optimizer, half=model.compute_dtype == jnp.float16)
+    batch = data.batch(0, length=data.longest)
+    assert form_of((shapes.state, shapes.frozen, shapes.batch)) == form_of((state, frozen, batch))
 
 
 @pytest.mark.parametrize("init", ["olora", "pissa_niter_4"])

@@ -26,7 +26,7 @@ from jax_qlora.optim import adamw, make_paging
 from jax_qlora.report import Display, Metrics, read_metrics
 from jax_qlora.train import init_state, make_step, recipe, train
 from jax_qlora.train.examples import load_data
-from jax_qlora.train.step import CompiledSteps, check_finite
+from jax_qlora.train.step import CompiledSteps, check_finite, make_optimizer
 from jax_qlora.train.stop import interrupts, stop_requests
 from jax_qlora.tree import nbytes
 
@@ -218,12 +218,12 @@ def test_a_skipped_step_leaves_paged_moments_alone(targets):
     }
     with Display(Console(file=io.StringIO())) as show:
         step = make_step(model, optimizer, Config(), width=7, half=True, paging=paging)
-        steps = CompiledSteps(step, model.params, Config(), show)
-        state, _ = steps(jax.tree.map(jnp.copy, start), parts(1))
+        steps = CompiledSteps(step, Config(), show)
+        state, _ = steps(jax.tree.map(jnp.copy, start), model.params, parts(1))
         moved = jax.tree.map(np.asarray, state)
         assert np.any(moved.trainable["layers/self_attn/q_proj/kernel"].b)
         state = state._replace(loss_scale=jnp.float32(2.0**40))
-        state, values = steps(state, parts(1))
+        state, values = steps(state, model.params, parts(1))
     assert not np.isfinite(float(values["grad_norm"]))
     assert_trees_close(state.optimizer, moved.optimizer)
     places = [[x.sharding for x in jax.tree.leaves(tree)] for tree in (state, start)]
@@ -235,7 +235,7 @@ def test_a_skipped_step_leaves_paged_moments_alone(targets):
 def test_every_form_of_the_optimizer_learns_and_resumes(llama, targets, tmp_path, form, placement):
     """Through a checkpoint, to the same bits, and the moments come back to where they live."""
     config = from_table({"optim": {"state": form, "placement": placement, "learning_rate": 2e-3}})
-    optimizer, _ = recipe.make_optimizer(config.optim, 100)
+    optimizer, _ = make_optimizer(config.optim, 100)
     paging = make_paging(config.optim.placement)
     adapter = jq.init_adapter(jax.random.key(1), targets, rank=64)  # large enough for 8 bits
     state = init_state(adapter, optimizer, paging=paging)
@@ -245,17 +245,17 @@ def test_every_form_of_the_optimizer_learns_and_resumes(llama, targets, tmp_path
     losses = []
     with Display(Console(file=io.StringIO())) as show:
         step = make_step(llama, optimizer, config, width=7, paging=paging)
-        steps = CompiledSteps(step, llama.params, config, show)
+        steps = CompiledSteps(step, config, show)
         for i in range(6):
             if i == 3:
                 checkpoint.save(tmp_path, i, state, identity={})
-            state, values = steps(state, parts(1))
+            state, values = steps(state, llama.params, parts(1))
             losses.append(float(values["loss"]))
         found = checkpoint.restore(tmp_path, shapes, identity={})
         assert found is not None
         again = found[1]
         for i in range(3, 6):
-            again, values = steps(again, parts(1))
+            again, values = steps(again, llama.params, parts(1))
             assert float(values["loss"]) == losses[i]
     assert losses[5] < losses[0] - 0.2
     assert_trees_close(again, state)

@@ -21,7 +21,7 @@ from jax_qlora.models.presets import LLAMA_2_7B
 from jax_qlora.report import read_metrics
 from jax_qlora.train import answers, memory, recipe, train
 from jax_qlora.train.memory import MemoryCheck, device_memory, on_shortage
-from jax_qlora.train.recipe import find_decoder_targets
+from jax_qlora.train.start import find_decoder_targets
 
 from .helpers import ROOT
 

@@ -114,8 +114,7 @@ def load(
     with Console(stderr=True).status(f"Loading {model} ..."):  # on a terminal only
         if "start" in settings and adapter is not None:
             from ..interop.open import open_checkpoint
-            from ..train.recipe import find_decoder_targets
-            from ..train.start import load_start, undo_relative
+            from ..train.start import find_decoder_targets, load_start, undo_relative
 
             run = settings["start"]
             loaded, _ = load_start(run, find_decoder_targets(open_checkpoint(model).config, run))

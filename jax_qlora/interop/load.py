@@ -1,19 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """load_model: a checkpoint on disk, quantized on the way, as a Model."""
 
+import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 
 from ..lift import lift
 from ..models import Model, decoder_functions
 from ..quant.streaming import check_host_memory, fetch
 from ..typing import Array
-from .load_params import Encoding, load_params
+from .load_params import Encoding, check_tensors, load_params, stored_dtype
 from .open import find_tokenizer, open_checkpoint
 
 
@@ -65,8 +67,7 @@ def load_model(
     """
     check_host_memory(streamed=streamed, remat=remat)
     path, config, tensors, raw = open_checkpoint(path)
-    if raw is None and dtype is None:  # a .gguf file says nothing of how weights were held
-        dtype = jnp.float32 if quantization is None else jnp.bfloat16
+    dtype = _default_dtype(raw, quantization) if dtype is None else dtype
     compute = jnp.dtype(default_compute_dtype() if compute_dtype is None else compute_dtype)
     functions = decoder_functions(
         config,
@@ -95,6 +96,31 @@ def load_model(
         compute_dtype=compute,
         tokenizer=find_tokenizer(path),
     )
+
+
+def stored_dtypes(path: str | Path, *, quantization: str | None) -> Callable[[str], np.dtype]:
+    """Return what `load_model` holds each parameter in, without reading weights.
+
+    Args:
+        path: As for `load_model`.
+        quantization: Likewise.
+
+    Returns:
+        A function of a parameter's path; of what is quantized it gives the dtype of its values.
+
+    Raises:
+        InputError: As for `load_model`, of what is wrong with the description of the weights.
+    """
+    path, config, tensors, raw = open_checkpoint(path)
+    check_tensors(tensors, config, where=f"'{path}'")
+    return functools.partial(stored_dtype, tensors, config, _default_dtype(raw, quantization))
+
+
+def _default_dtype(raw: Any, quantization: str | None) -> DTypeLike | None:
+    """None: each tensor's own. A .gguf file says nothing of how weights were held."""
+    if raw is not None:
+        return None
+    return jnp.float32 if quantization is None else jnp.bfloat16
 
 
 def default_compute_dtype() -> Any:

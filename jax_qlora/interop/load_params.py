@@ -126,6 +126,23 @@ def check_tensors(tensors: Mapping[str, Any], config: DecoderConfig, *, where: s
     _check_shapes(tensors, config, where)
 
 
+def stored_dtype(
+    tensors: Mapping[str, Any], config: DecoderConfig, dtype: DTypeLike | None, path: str
+) -> np.dtype:
+    """Return what `load_params` holds a parameter in; a quantized one, the dtype of its values.
+
+    Args:
+        tensors: As for `load_params`.
+        config: Likewise.
+        dtype: Likewise.
+        path: Of the parameter.
+    """
+    name = tensor_names(path, config)[0]
+    in_4_bits = bnb_parts(tensors, name) is not None
+    own = tensors["model.embed_tokens.weight" if in_4_bits else name].dtype
+    return np.dtype(jnp.dtype(own if path.endswith("/scale") or dtype is None else dtype))
+
+
 class _Source(NamedTuple):
     """What a parameter is read from, and how it is to be stored."""
 
@@ -167,23 +184,18 @@ class _Source(NamedTuple):
         """Sizes of a parameter's layer and expert axes."""
         return parameter_shapes(self.config)[path][: n_lead(path)]
 
-    def stored_dtype(self, path: str, name: str) -> np.dtype:
-        own = self.tensors["model.embed_tokens.weight" if self.is_bnb(name) else name].dtype
-        norm = path.endswith("/scale")
-        return np.dtype(jnp.dtype(own if norm or self.dtype is None else self.dtype))
-
     def is_bnb(self, name: str) -> bool:
         return bnb_parts(self.tensors, name) is not None
 
     def read_bnb(self, path: str, names: tuple[str, ...]) -> QuantizedArray:
         """Weights that are in 4 bits already, stacked."""
-        dtype = self.stored_dtype(path, names[0])
+        dtype = stored_dtype(self.tensors, self.config, self.dtype, path)
         shape = tensor_shape(path, self.config)
         return read_bnb(self.tensors, names, shape, dtype=dtype, host=self.host)
 
     def dense(self, path: str, names: tuple[str, ...]) -> Array:
         """The tensors as they are, kernels transposed, in the storage dtype."""
-        dtype = self.stored_dtype(path, names[0])
+        dtype = stored_dtype(self.tensors, self.config, self.dtype, path)
         shape = parameter_shapes(self.config)[path]
         out = _aligned(shape, dtype)
         stack = out.reshape(len(names), *shape[n_lead(path) :])
@@ -240,7 +252,7 @@ class _Source(NamedTuple):
             in_axes=(-2,) if kernel else (-1,),
             format=format,
             block_size=block_size,
-            dtype=jnp.dtype(self.stored_dtype(path, names[0])),
+            dtype=jnp.dtype(stored_dtype(self.tensors, self.config, self.dtype, path)),
             streamed=host is not None,
         )
 

@@ -18,8 +18,8 @@ from ..config import Config
 from ..models import DecoderConfig
 from ..models.blockwise_attention import BLOCK
 from ..quant import QuantizedArray
+from ..train.shapes import Run
 from .program import Instruction, Program, Shape, is_buffer
-from .shapes import Run
 
 _HALF = ("bf16", "f16")
 

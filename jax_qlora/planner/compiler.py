@@ -12,7 +12,6 @@ import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 from jax.sharding import SingleDeviceSharding
 
 from ..costs.gpus import Gpu
@@ -122,16 +121,11 @@ class Placed(SingleDeviceSharding):
         )
 
 
-def place(tree: Any, sharding: SingleDeviceSharding) -> Any:
-    """The shapes of `tree` as arguments that live where `sharding` says."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
-
-
 def compile_lowered(lowered: Any, options: dict[str, Any]) -> Any:
     """Compiles a lowered program for the card that its arguments were placed on.
 
     Args:
-        lowered: From `jax.jit(f).lower(...)`, arguments placed by `place`.
+        lowered: From `jax.jit(f).lower(...)`, arguments placed on `Placed`.
         options: What the compiler is told.
     """
     Placed.hidden = True

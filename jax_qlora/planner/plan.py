@@ -25,7 +25,7 @@ from ..interop.hf_config import read_config
 from ..lora import Targets
 from ..models import DecoderConfig
 from ..models.presets import PRESETS
-from ..train.recipe import find_decoder_targets
+from ..train.start import find_decoder_targets
 from .compiler import missing_wheels
 from .report import Report
 from .tpu import ENVIRONMENT, missing_wheel

@@ -13,6 +13,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
 from ..config import Config, from_table
@@ -22,10 +23,9 @@ from ..costs.held import held
 from ..costs.tpus import Tpu
 from ..models import DecoderConfig, RopeScaling
 from ..optim import page_between
-from ..quant import QuantizedArray
+from ..train.shapes import Run, abstract_run, place_run
 from ..train.step import compiler_options
-from .compiler import AHEAD_OF_TIME, Placed, compile_lowered, describe_device, place, planned
-from .shapes import Run, abstract_run
+from .compiler import AHEAD_OF_TIME, Placed, compile_lowered, describe_device, planned
 from .tpu import describe_chip, wanted_bytes
 
 
@@ -68,26 +68,15 @@ def lower_step(
         device, host = Placed(target, "device"), Placed(target, "pinned_host")
     paged = config.optim.placement == "host"
     paging = page_between(device, host) if paged else None
-    run = abstract_run(decoder, config, seq=seq, half=card.half, paging=paging)
-
-    def moments(x: Any) -> Any:
-        return place(x, host if x.ndim else device)
-
-    state = place(run.state, device)
-    if paged:
-        state = state._replace(optimizer=jax.tree.map(moments, run.state.optimizer))
+    dtype = jnp.float16 if card.half else jnp.bfloat16
+    run = abstract_run(decoder, config, seq=seq, compute_dtype=dtype, paging=paging)
+    run = place_run(run, config, device=device, host=host)
     places: dict[str, Any] = {}
     if paged:
         values = {"loss": device, "grad_norm": device}
-        places["out_shardings"] = (jax.tree.map(lambda x: x.sharding, state), values)
+        places["out_shardings"] = (jax.tree.map(lambda x: x.sharding, run.state), values)
     step = jax.jit(run.step, donate_argnums=0, **places)
-    batch = place(run.batch, device)
-    frozen = jax.tree.map(
-        lambda x: place(x, host if getattr(x, "streamed", False) else device),
-        run.frozen,
-        is_leaf=lambda x: isinstance(x, QuantizedArray),
-    )
-    lowered = step.lower(state, frozen, batch)
+    lowered = step.lower(run.state, run.frozen, run.batch)
     return lowered, {**told, **compiler_options(config, platform)}, run
 
 

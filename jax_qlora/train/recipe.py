@@ -18,30 +18,30 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
+from jax.sharding import SingleDeviceSharding
 from rich.console import Console
 
 from .. import checkpoint
-from ..config import Config, OptimConfig, check_config, run_identity, to_toml
+from ..config import Config, check_config, run_identity, to_toml
 from ..errors import InputError
 from ..evaluate import Batch, answer_loss, assemble, held_out_batches, held_out_loss
-from ..interop.load import load_model, training_compute_dtype
-from ..lift import find_targets, lift
+from ..interop.load import load_model, stored_dtypes, training_compute_dtype
 from ..lora import Targets, summary
 from ..lora.inits import PLAIN_INITS
-from ..models import DecoderConfig, Model, abstract_params, decoder_functions
-from ..optim import adamw, make_paging, make_schedule
-from ..quant.streaming import check_host_memory
+from ..models import DecoderConfig, Model
+from ..optim import Paging, make_paging
+from ..quant.streaming import check_host_memory, streaming_memory
 from ..report import Display, Metrics, write_text
 from ..tree import nbytes
 from ..typing import Array, PyTree
 from .answers import Answers, held_out_prompts, system_prompt
-from .examples import load_data, read_description
+from .examples import Data, load_data, read_description
 from .memory import MemoryCheck, on_shortage
 from .outcome import finish
+from .shapes import Run, abstract_run, place_run
 from .speed import batch_flops, describe_speed, speed_figures
-from .start import load_start
-from .step import CompiledSteps, TrainState, check_finite, init_state, make_step
+from .start import find_decoder_targets, load_start
+from .step import CompiledSteps, TrainState, check_finite, init_state, make_optimizer
 from .stop import interrupts, stop_requests
 
 
@@ -102,6 +102,13 @@ def train(config: Config, *, console: Console | None = None) -> Result:
         memory = MemoryCheck(decoder, config, targets, seq=data.longest)
         stack.enter_context(on_shortage(memory.explain))  # from here on it can run out
 
+        # Compile for the longest batch there can be, so that too little memory shows now.
+        shapes = run_shapes(config, decoder, data, paging)
+        check_room(run, shapes.state, keep=config.train.keep_checkpoints)
+        steps = CompiledSteps(shapes.step, config, show, memory)
+        if checkpoint.saved_steps(saved)[-1:] != [total]:
+            steps.compile(shapes.state, shapes.frozen, shapes.batch)
+
         # What trains, and what is frozen.
         model, trainable, frozen = load(config, None if config.method == "full" else targets, show)
         # The start is written off the adapter in the end, where it came out of the weights.
@@ -128,16 +135,12 @@ def train(config: Config, *, console: Console | None = None) -> Result:
         if found := checkpoint.restore(saved, state, identity=identity):
             state = found[1]
             show.print(f"Resuming after step {found[0]} of {total}.")
-        check_room(run, state, keep=config.train.keep_checkpoints)
         write_text(run / "config.toml", to_toml(config))
         first = int(state.step)
         metrics = Metrics(run / "metrics.jsonl", resume_step=first)
 
-        # Compile for the longest batch there can be, so that too little memory shows now.
-        step_fn = make_step(model, optimizer, config, width=data.width, half=half, paging=paging)
-        steps = CompiledSteps(step_fn, frozen, config, show, memory)
-        if first < total:
-            steps.compile(state, data.batch(first, length=data.longest))
+        if first < total:  # compiles again where the weights came in another form
+            steps.compile(state, frozen, data.batch(first, length=data.longest))
 
         @jax.jit
         def loss_of(trainable: PyTree, frozen: PyTree, batch: Batch) -> tuple[Array, Array]:
@@ -189,7 +192,7 @@ def train(config: Config, *, console: Console | None = None) -> Result:
                         break
                     started = time.monotonic()
                     batch = data.batch(step - 1)
-                    state, values = steps(state, batch)
+                    state, values = steps(state, frozen, batch)
                     check_finite(step, values, state, config)
                     tokens = int(batch["attention_mask"].sum())
                     record = metrics.add(
@@ -230,44 +233,6 @@ def train(config: Config, *, console: Console | None = None) -> Result:
         return Result(step=total, interrupted=0, figures=figures)
 
 
-def make_optimizer(
-    config: OptimConfig, steps: int
-) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """Return the optimizer that `config` describes, and its learning rate as a function of steps.
-
-    Args:
-        config: Settings; `placement` is not the optimizer's affair but `make_paging`'s.
-        steps: Length of the run.
-    """
-    schedule = make_schedule(
-        config.schedule,
-        learning_rate=config.learning_rate,
-        steps=steps,
-        warmup_steps=config.warmup_steps,
-        final_fraction=config.final_fraction,
-    )
-    optimizer = adamw(
-        schedule,
-        b1=config.b1,
-        b2=config.b2,
-        eps=config.eps,
-        weight_decay=config.weight_decay,
-        clip_norm=config.clip_norm,
-        lora_plus_ratio=config.lora_plus_ratio,
-        state=config.state,
-    )
-    return optimizer, schedule
-
-
-def find_decoder_targets(decoder: DecoderConfig, config: Config) -> Targets:
-    """Return the kernels that `config.lora.targets` names in a decoder of this shape."""
-    functions = decoder_functions(decoder).map(lift)
-    tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
-    return find_targets(
-        functions.apply, abstract_params(decoder), tokens, match=config.lora.targets
-    )
-
-
 def load(
     config: Config, targets: Targets | None, show: Display
 ) -> tuple[Model, PyTree, PyTree | None]:
@@ -281,9 +246,8 @@ def load(
     Raises:
         InputError: The model cannot be read.
     """
-    dtype = config.train.compute_dtype
     options: dict[str, Any] = dict(
-        compute_dtype=training_compute_dtype() if dtype == "auto" else dtype,
+        compute_dtype=_compute_dtype(config),
         remat=config.train.remat,
         layer_chunk=config.train.layer_chunk,
         streamed=config.quant.streamed,
@@ -296,6 +260,38 @@ def load(
     model, adapter = load_start(config, targets, **options)
     show.print(summary(model.params, adapter))
     return model, adapter, model.params
+
+
+def _compute_dtype(config: Config) -> Any:
+    dtype = config.train.compute_dtype
+    return jnp.dtype(training_compute_dtype() if dtype == "auto" else dtype)
+
+
+def run_shapes(config: Config, decoder: DecoderConfig, data: Data, paging: Paging) -> Run:
+    """Return the step on the longest batch as shapes, and where its arguments will live.
+
+    Args:
+        config: Settings.
+        decoder: The model's shape.
+        data: The examples.
+        paging: How the optimizer's state moves.
+
+    Raises:
+        InputError: The files of the model do not hold its weights.
+    """
+    quantization = config.quant.format if config.method == "qlora" else None
+    run = abstract_run(
+        decoder,
+        config,
+        seq=data.longest,
+        compute_dtype=_compute_dtype(config),
+        width=data.width,
+        paging=paging,
+        stored=stored_dtypes(config.model, quantization=quantization),
+    )
+    device = SingleDeviceSharding(jax.devices()[0])
+    waits = config.quant.streamed or config.optim.placement == "host"
+    return place_run(run, config, device=device, host=streaming_memory() if waits else device)
 
 
 def check_room(run: Path, state: TrainState, *, keep: int) -> None:

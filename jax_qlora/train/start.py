@@ -10,13 +10,24 @@ from dataclasses import replace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from ..config import Config
 from ..interop.load import load_model
+from ..lift import find_targets, lift
 from ..lora import Adapter, Targets, add_magnitudes, init_adapter
 from ..lora.inits import PLAIN_INITS, init_kernel
-from ..models import Model
+from ..models import DecoderConfig, Model, abstract_params, decoder_functions
 from ..typing import Array, PyTree
+
+
+def find_decoder_targets(decoder: DecoderConfig, config: Config) -> Targets:
+    """Return the kernels that `config.lora.targets` names in a decoder of this shape."""
+    functions = decoder_functions(decoder).map(lift)
+    tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
+    return find_targets(
+        functions.apply, abstract_params(decoder), tokens, match=config.lora.targets
+    )
 
 
 def make_adapter(config: Config, targets: Targets, base: PyTree) -> Adapter:

@@ -13,11 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ..config import Config
+from ..config import Config, OptimConfig
 from ..errors import InputError
 from ..evaluate import Batch, answer_loss, assemble
 from ..models import Model
-from ..optim import Paging, make_paging
+from ..optim import Paging, adamw, make_paging, make_schedule
 from ..report import Display
 from ..typing import Array, PyTree
 from .memory import MemoryCheck
@@ -66,6 +66,35 @@ def init_state(
         loss_scale=jnp.float32(2.0**15 if half else 1.0),
         good_steps=jnp.int32(0),
     )
+
+
+def make_optimizer(
+    config: OptimConfig, steps: int
+) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """Return the optimizer that `config` describes, and its learning rate as a function of steps.
+
+    Args:
+        config: Settings; `placement` is not the optimizer's affair but `make_paging`'s.
+        steps: Length of the run.
+    """
+    schedule = make_schedule(
+        config.schedule,
+        learning_rate=config.learning_rate,
+        steps=steps,
+        warmup_steps=config.warmup_steps,
+        final_fraction=config.final_fraction,
+    )
+    optimizer = adamw(
+        schedule,
+        b1=config.b1,
+        b2=config.b2,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        clip_norm=config.clip_norm,
+        lora_plus_ratio=config.lora_plus_ratio,
+        state=config.state,
+    )
+    return optimizer, schedule
 
 
 def make_step(
@@ -188,7 +217,6 @@ class CompiledSteps:
     def __init__(
         self,
         step: Step,
-        frozen: PyTree,
         config: Config,
         show: Display,
         memory: MemoryCheck | None = None,
@@ -197,47 +225,72 @@ class CompiledSteps:
 
         Args:
             step: From `make_step`. The state given to it is donated.
-            frozen: The base.
             config: Settings of the run.
             show: Where to print.
             memory: Compares what is compiled with the device; absent: nothing does.
         """
         self._options = compiler_options(config, jax.devices()[0].platform)
         self._step = step
-        self._frozen = frozen
         self._show = show
         self._memory = memory
-        self._compiled: dict[int, Any] = {}
+        self._compiled: dict[int, tuple[Any, Any]] = {}  # of each length: the form, the program
 
-    def compile(self, state: TrainState, batch: Batch) -> None:
-        """Compile for the shape of `batch`.
+    def compile(self, state: TrainState, frozen: PyTree, batch: Batch) -> None:
+        """Compile for arguments of this form, unless that is done already.
+
+        Args:
+            state: Arrays, or their shapes and where they will live.
+            frozen: The base, likewise.
+            batch: One batch, likewise.
 
         Raises:
             InputError: The device is known to have too little memory for it.
         """
         parts, rows, length = batch["tokens"].shape
+        return_freed_memory()  # what reading a model left, before more is taken
+        form = form_of((state, frozen, batch))
+        if length in self._compiled and self._compiled[length][0] == form:
+            return
+        self._compiled.pop(length, None)
         shape = f"{parts} x {rows} x {length}" if parts > 1 else f"{rows} x {length}"
         began = time.monotonic()
-        return_freed_memory()  # of reading the model, before the compiler takes its own
         # every part of the state comes back in the memory, host's or device's, that it came from
         where = (jax.tree.map(lambda x: x.sharding, state), None)
         step = jax.jit(self._step, donate_argnums=0, out_shardings=where)
-        compiled = step.lower(state, self._frozen, batch).compile(self._options)
-        self._compiled[length] = compiled
+        compiled = step.lower(state, frozen, batch).compile(self._options)
+        self._compiled[length] = (form, compiled)
         return_freed_memory()
         seconds = time.monotonic() - began
-        needs = "" if self._memory is None else self._memory.measure(compiled, state, self._frozen)
+        needs = "" if self._memory is None else self._memory.measure(compiled, state, frozen)
         self._show.print(
             f"Compiled the step for {shape} tokens in {seconds:.1f} s" + (needs and f"; {needs}")
         )
 
-    def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+    def __call__(
+        self, state: TrainState, frozen: PyTree, batch: Batch
+    ) -> tuple[TrainState, dict[str, Array]]:
         """Run one step, compiling it first if its length is new."""
         length = batch["tokens"].shape[-1]
         if length not in self._compiled:
-            self.compile(state, batch)
-        state, values = self._compiled[length](state, self._frozen, batch)
+            self.compile(state, frozen, batch)
+        state, values = self._compiled[length][1](state, frozen, batch)
         return state, jax.block_until_ready(values)
+
+
+def form_of(tree: PyTree) -> tuple[Any, list[Any]]:
+    """Return what a program is compiled for: structure, shapes, dtypes and kinds of memory.
+
+    Args:
+        tree: Arrays, or their shapes and where they will live.
+    """
+    usual = jax.devices()[0].default_memory().kind  # where NumPy's arrays are brought
+
+    def one(x: Any) -> Any:
+        sharding = getattr(x, "sharding", None)
+        return x.shape, jnp.dtype(x.dtype), usual if sharding is None else sharding.memory_kind
+
+    leaves, structure = jax.tree.flatten(tree)
+    return structure, [one(x) for x in leaves]
 
 
 def check_finite(step: int, values: dict[str, Any], state: TrainState, config: Config) -> None:

@@ -10,7 +10,7 @@ from jax_qlora.costs.advice import cheapest_changes, verdict
 from jax_qlora.costs.formula import Bytes, estimate
 from jax_qlora.costs.gpus import GIB
 from jax_qlora.models.presets import LLAMA_2_7B
-from jax_qlora.train.recipe import find_decoder_targets
+from jax_qlora.train.start import find_decoder_targets
 
 TARGETS = find_decoder_targets(LLAMA_2_7B, Config())
 

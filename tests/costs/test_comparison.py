@@ -9,7 +9,7 @@ from jax_qlora.costs.formula import estimate
 from jax_qlora.costs.gpus import GIB
 from jax_qlora.models.presets import LLAMA_2_7B, PRESETS
 from jax_qlora.planner.plan import DEFAULTS
-from jax_qlora.train.recipe import find_decoder_targets
+from jax_qlora.train.start import find_decoder_targets
 
 
 def times(name: str, rank: int, *, a_weight: int = MIXED_PRECISION) -> float:

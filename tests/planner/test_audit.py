@@ -17,7 +17,7 @@ from jax_qlora.models.presets import TINY
 from jax_qlora.planner.audit import Audit, Copy, audit, sizes
 from jax_qlora.planner.plan import DEFAULTS, with_settings
 from jax_qlora.planner.program import Program, Shape, is_buffer
-from jax_qlora.planner.shapes import abstract_run
+from jax_qlora.train.shapes import abstract_run
 
 ROOT = Path(__file__).parents[2]
 

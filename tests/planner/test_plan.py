@@ -21,9 +21,9 @@ from jax_qlora.errors import InputError
 from jax_qlora.models.presets import LLAMA_2_7B, LLAMA_3_1_8B, PRESETS, TINY
 from jax_qlora.planner import GPUS, compiler, read_decoder
 from jax_qlora.planner.plan import DEFAULTS
-from jax_qlora.planner.shapes import abstract_run
 from jax_qlora.planner.worker import decoder_from_json
-from jax_qlora.train.recipe import find_decoder_targets
+from jax_qlora.train.shapes import abstract_run
+from jax_qlora.train.start import find_decoder_targets
 from tests.helpers import GOLDEN
 
 
