@@ -137,8 +137,9 @@ def _export_bnb(
 def _export_gguf(
     name: str, adapter_path: str | None, settings: dict[str, Any], arguments: Arguments
 ) -> None:
+    from ..interop.gguf_config import model_metadata
     from ..interop.gguf_tokenizer import tokenizer_to_gguf
-    from ..interop.gguf_write import find_architecture, save_gguf
+    from ..interop.gguf_write import save_gguf
     from ..interop.open import find_tokenizer, open_checkpoint
     from ..interop.output import check_file
 
@@ -147,7 +148,7 @@ def _export_gguf(
     check_file(arguments.output, overwrite=arguments.overwrite)
     ensure_downloaded(name)
     path, config, *_ = open_checkpoint(name)
-    find_architecture(config)
+    model_metadata(config)
     tokenizer = find_tokenizer(path)
     if tokenizer is None:
         raise InputError(

@@ -32,8 +32,8 @@ class Arguments(Source):
     prompts: Positional[tuple[str, ...]] = ()
     """What the user says."""
     compare: UseAppendAction[tuple[str, ...]] = ()
-    """NAME=DIRECTORY of one more adapter; can be repeated. Each prompt is then answered with every
-    adapter and by the base, in one batch."""
+    """NAME=DIRECTORY (or .gguf file) of one more adapter; can be repeated. Each prompt is then
+    answered with every adapter and by the base, in one batch."""
     system: str | None = None
     """System prompt; by default that of the run's examples, if any."""
     max_new_tokens: int = 128

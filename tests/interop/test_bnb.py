@@ -174,3 +174,16 @@ def test_other_quantizations_are_refused(quantization: Any, message: str):
     with pytest.raises(InputError, match=message):
         check_quantization({"quantization_config": quantization}, where="config.json")
     check_quantization({}, where="config.json")
+
+
+@pytest.mark.parametrize("method", ["awq", "gptq", "fp8"])
+def test_a_directory_in_another_quantization_is_named_before_it_is_read(
+    tmp_path: Path, method: str
+):
+    directory, _ = copy(tmp_path, "llama")
+    (directory / "model.safetensors").unlink()
+    config = json.loads((directory / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": method, "bits": 4}
+    (directory / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=rf"config.json'.*quantized \({method}\), which is not re"):
+        jq.load_model(directory)

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 import jax_qlora as jq
 from jax_qlora.errors import InputError
 from jax_qlora.interop.gguf import read_gguf
-from jax_qlora.interop.gguf_lora import save_gguf_lora
+from jax_qlora.interop.gguf_lora import load_gguf_lora, save_gguf_lora
 from jax_qlora.interop.gguf_tokenizer import tokenizer_to_gguf
 from jax_qlora.interop.gguf_write import save_gguf
 from jax_qlora.interop.tokenizer import SPLITS, tokenizer_from_gguf
@@ -25,7 +25,7 @@ from jax_qlora.models.model import decoder_functions
 from jax_qlora.tree import map_with_path
 from tests.helpers import GOLDEN, assert_trees_close, golden
 from tests.interop.test_gguf import NAMES, TOP, permute
-from tests.tiny import quantized, tiny_model
+from tests.tiny import tiny_model
 
 MODELS = GOLDEN / "models"
 
@@ -172,32 +172,85 @@ def test_rotary_factors_that_no_reader_would_take(tmp_path: Path, llama: Any):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", ["qwen2", "qwen3", "gemma3_text"])
+def sayable(name: str) -> Any:
+    """A fixture with a row for each token, and what no GGUF file can say of it changed."""
+    model = with_rows(jq.load_model(MODELS / name, quantization=None), 320)
+    if name == "gemma3_text":
+        return with_six_layers(model)
+    changes: dict[str, dict[str, Any]] = {
+        "gemma2": {"query_pre_attn_scalar": float(model.config.head_dim)},
+        "mixtral": {"sliding_window": None},
+        "mistral_sharded": {"sliding_window": None},
+    }
+    config = dataclasses.replace(model.config, **changes.get(name, {}))
+    functions = decoder_functions(config, transform=jq.lift)
+    return dataclasses.replace(model, config=config, functions=functions)
+
+
+OTHERS = ["mistral_sharded", "qwen2", "qwen3", "qwen3_moe", "phi3", "gemma2", "gemma3_text",
+          "mixtral"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OTHERS)
 def test_other_architectures(tmp_path: Path, llama: Any, name: str):
     """Read back as the same function of the same parameters; `test_gguf.py` has their logits."""
-    model = with_rows(jq.load_model(MODELS / name, quantization=None), 320)
-    model = with_six_layers(model) if name == "gemma3_text" else model
+    model = sayable(name)
     file = tmp_path / "m.gguf"
     save_gguf(file, model.params, model.config, kind="f32", tokenizer=llama.tokenizer)
     again = jq.load_model(file, quantization=None)
-    tokens = {"bos_token_id": 1, "eos_token_ids": (2,), "pad_token_id": 0}
-    assert dataclasses.replace(again.config, **tokens) == dataclasses.replace(
-        model.config, **tokens
+    same = {"bos_token_id": 1, "eos_token_ids": (2,), "pad_token_id": 0}
+    family = "llama" if name == "mistral_sharded" else model.config.family
+    assert dataclasses.replace(again.config, **same) == dataclasses.replace(
+        model.config, family=family, **same
     )
     want = jax.tree.map(lambda x: x.astype(jnp.float32), model.params)
     assert_trees_close(again.params, want, atol=1e-7)  # one plus the weight, and minus one
+
+
+@pytest.mark.proves("GGUF LoRA in")
+@pytest.mark.parametrize("name", OTHERS)
+def test_updates_of_other_architectures(tmp_path: Path, name: str):
+    model = sayable(name)
     targets = jq.find_targets(model.apply, model.params, jnp.ones((1, 4), jnp.int32))
-    adapter = jq.init_adapter(jax.random.key(1), targets.select(["q_proj"]), rank=2)
-    saved = save_gguf_lora(tmp_path / "a.gguf", jax.tree.map(jnp.ones_like, adapter), model.config)
-    b = tensors_of(saved.path)["blk.0.attn_q.weight.lora_b"][1]
-    np.testing.assert_array_equal(b, np.ones_like(b))
+    adapter = jq.init_adapter(jax.random.key(1), targets, rank=2, alpha=3)
+    adapter = jax.tree.map(lambda x: x + 0.05, adapter)
+    saved = save_gguf_lora(tmp_path / "a.gguf", adapter, model.config)
+    assert saved.updates == sum(int(np.prod(pair.lead)) for pair in adapter.values())
+    found = tensors_of(saved.path)
+    if name not in ("phi3", "mistral_sharded", "mixtral"):  # rows as they are
+        b = found["blk.0.attn_q.weight.lora_b"][1]
+        np.testing.assert_array_equal(b, adapter["layers/self_attn/q_proj/kernel"].b[0])
+    if model.config.n_experts:
+        a, b = (found[f"blk.1.ffn_gate_exps.weight.lora_{x}"][1] for x in "ab")
+        pair = adapter["layers/mlp/experts/gate_proj/kernel"]
+        np.testing.assert_array_equal(a, pair.a[1])
+        np.testing.assert_array_equal(b, pair.b[1])
+    again = load_gguf_lora(saved.path, model.config)
+    assert again.keys() == adapter.keys()
+    for path, pair in adapter.items():
+        np.testing.assert_allclose(again[path].delta(), pair.delta(), rtol=1e-6, err_msg=path)
+
+
+def test_routers_stay_in_float32_and_experts_are_quantized(tmp_path: Path, llama: Any):
+    model = sayable("mixtral")
+    save_gguf(tmp_path / "m.gguf", model.params, model.config, kind="q8_0",
+              tokenizer=llama.tokenizer)  # fmt: skip
+    found = tensors_of(tmp_path / "m.gguf")
+    assert found["blk.0.ffn_gate_inp.weight"][0] == GGMLQuantizationType.F32
+    kind, data = found["blk.1.ffn_up_exps.weight"]
+    assert kind == GGMLQuantizationType.Q8_0 and data.shape[:2] == (4, 32)
+    kernel = model.params["layers"]["mlp"]["experts"]["up_proj"]["kernel"]
+    for expert in range(4):
+        want = quantize(np.asarray(kernel[1, expert].T, np.float32), kind)
+        np.testing.assert_array_equal(data[expert], want)
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
         ("mistral_sharded", "cannot say sliding_window = 6"),
-        ("phi3", "A phi3 model cannot be written to GGUF here: expected one of llama, qwen2"),
+        ("mixtral", "cannot say sliding_window = 6"),
+        ("gemma2", "cannot say query_pre_attn_scalar = 24.0"),
     ],
 )
 def test_architectures_that_are_not_written(tmp_path: Path, llama: Any, name: str, message: str):
@@ -231,61 +284,6 @@ def test_what_cannot_be_written(tmp_path: Path, llama: Any):
         write(kind="f32")
     write(kind="f32", overwrite=True)
     assert tensors_of(file)["output.weight"][0] == GGMLQuantizationType.F32
-
-
-def test_updates_in_a_file_of_their_own(tmp_path: Path, llama: Any):
-    """`alpha / rank * b @ a` as llama.cpp computes it, of the rows in llama.cpp's order."""
-    targets = jq.find_targets(llama.apply, llama.params, jnp.ones((1, 4), jnp.int32))
-    adapter = jq.init_adapter(
-        jax.random.key(1), targets.select(["q_proj", "k_proj", "down_proj", "lm_head"]),
-        rank=4, alpha=6, rslora=True, rank_pattern={"q_proj": 3}, alpha_pattern={"k_proj": 11.5},
-    )  # fmt: skip
-    adapter = jax.tree.map(lambda x: x + 0.05, adapter)
-    path = "layers/mlp/down_proj/kernel"
-    none = jax.tree.map(lambda x: x.at[0].set(0.0), adapter[path])
-    adapter |= {path: none}  # of one layer
-    saved = save_gguf_lora(tmp_path / "a.gguf", adapter, llama.config, name="mine")
-    found = {k: x for k, (_, x) in tensors_of(saved.path).items()}
-    assert saved.updates == 2 + 2 + 1 + 1 and len(found) == saved.tensors == 12
-    fields = {k: v.contents() for k, v in gguf.GGUFReader(saved.path).fields.items()}
-    assert fields["general.type"] == "adapter" and fields["adapter.type"] == "lora"
-    assert fields["general.architecture"] == "llama" and fields["general.name"] == "mine"
-    heads = {"attn_q": llama.config.n_heads, "attn_k": llama.config.n_kv_heads}
-    for hf, name in {"self_attn/q_proj": "attn_q", "self_attn/k_proj": "attn_k",
-                     "mlp/down_proj": "ffn_down"}.items():  # fmt: skip
-        delta = np.asarray(adapter[f"layers/{hf}/kernel"].delta_rows())
-        for layer in range(2):
-            stem = f"blk.{layer}.{name}.weight"
-            if stem == "blk.0.ffn_down.weight":
-                assert f"{stem}.lora_a" not in found
-                continue
-            a, b = found[f"{stem}.lora_a"], found[f"{stem}.lora_b"]
-            got = fields["adapter.lora.alpha"] / a.shape[0] * (b @ a)
-            want = permute(delta[layer], heads[name]) if name in heads else delta[layer]
-            np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
-    assert found["output.weight.lora_b"].shape == (llama.config.vocab_size, 4)
-
-
-def test_updates_that_cannot_be_written(tmp_path: Path, llama: Any):
-    base, adapter = quantized(tiny_model())
-    with pytest.raises(InputError, match=r"for a kernel of shape .*; expected \(2, 176, 64\)"):
-        save_gguf_lora(tmp_path / "a.gguf", adapter, llama.config)
-    path = "layers/mlp/up_proj/kernel"
-    zero = {path: jax.tree.map(jnp.zeros_like, adapter[path])}
-    config = tiny_model().config
-    with pytest.raises(InputError, match="changes nothing"):
-        save_gguf_lora(tmp_path / "a.gguf", zero, config)
-    with pytest.raises(InputError, match="changes nothing"):
-        save_gguf_lora(tmp_path / "a.gguf", {}, config)
-    bad = {path: dataclasses.replace(adapter[path], b=adapter[path].b * jnp.nan)}
-    with pytest.raises(InputError, match="model.layers.0.mlp.up_proj.weight' has values not fin"):
-        save_gguf_lora(tmp_path / "a.gguf", bad, config)
-    dora = dataclasses.replace(adapter[path], magnitude=jnp.ones((3, 64)))
-    with pytest.raises(InputError, match="is no plain LoRA"):
-        save_gguf_lora(tmp_path / "a.gguf", {path: dora}, config)
-    with pytest.raises(InputError, match="is no plain LoRA"):  # a weight that trained whole
-        save_gguf_lora(tmp_path / "a.gguf", {"lm_head/kernel": jnp.ones((32, 96))}, config)
-    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("rule", SPLITS)

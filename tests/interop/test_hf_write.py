@@ -13,8 +13,11 @@ from safetensors.numpy import load_file
 
 import jax_qlora as jq
 from jax_qlora.errors import InputError
+from jax_qlora.interop.bnb_write import save_bnb
+from jax_qlora.interop.gguf_write import save_gguf
 from jax_qlora.interop.hf_config import config_to_hf
 from jax_qlora.interop.hf_write import save_hf
+from jax_qlora.interop.load_params import Encoding
 from jax_qlora.interop.model_card import Origin, model_card
 from jax_qlora.interop.output import new_file
 from jax_qlora.interop.probe import compare_logits, probe_fits
@@ -146,6 +149,46 @@ def test_export_holds_less_than_two_files(tmp_path: Path):
     tracemalloc.stop()
     assert len(saved.files) >= 20 and saved.nbytes > 15 * shard
     assert peak < 2 * max(saved.files.values())
+
+
+@pytest.mark.parametrize("format", ["bnb", "gguf-f32", "gguf-q8_0"])
+def test_other_formats_hold_less_than_two_such_files_either(tmp_path: Path, format: str):
+    """Of NumPy's memory, while tensors are written; a GGUF file is one, of many times the size."""
+    tokenizer = jq.load_model(MODELS / "llama").tokenizer
+    model = tiny_model(d_model=128, d_ff=256, n_layers=8, vocab_size=320)
+    base, adapter = quantized(model)
+    params = jq.attach(base, adapter)
+    shard, held = 60_000, []
+    numpy = tracemalloc.DomainFilter(True, np.lib.tracemalloc_domain)
+
+    def progress(done: int, total: int) -> None:
+        if done % (total // 10) == 0:
+            traces = tracemalloc.take_snapshot().filter_traces([numpy]).statistics("filename")
+            held.append(sum(trace.size for trace in traces))
+
+    tracemalloc.start()
+    ballast = np.ones(1000)  # so that something is seen
+    if format == "bnb":
+        saved = save_bnb(
+            tmp_path / "out",
+            params,
+            model.config,
+            encoding=Encoding("nf4", 64, True),
+            max_shard_bytes=shard,
+            progress=progress,
+        )
+    else:
+        saved = save_gguf(
+            tmp_path / "out.gguf",
+            params,
+            model.config,
+            kind=format.removeprefix("gguf-"),
+            tokenizer=tokenizer,
+            progress=progress,
+        )
+    tracemalloc.stop()
+    assert saved.nbytes > 8 * shard and len(held) >= 10
+    assert ballast.nbytes <= min(held) and max(held) < 2 * shard
 
 
 def test_updates_that_are_zero_are_not_counted(tmp_path: Path):

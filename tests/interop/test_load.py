@@ -48,7 +48,12 @@ def load(name: str, **settings: Any) -> Any:
     return jq.load_model(MODELS / name, **(quantization | settings))
 
 
-@pytest.mark.parametrize("name", EXACT)
+def proving(name: str) -> Any:
+    column = "bnb in" if "bnb" in name else "HF in"
+    return pytest.param(name, marks=pytest.mark.proves(column))
+
+
+@pytest.mark.parametrize("name", [proving(name) for name in EXACT])
 @pytest.mark.parametrize("side", ["", "left/"], ids=["right-padded", "left-padded"])
 def test_logits_are_those_of_transformers(name: str, side: str):
     model = load(name)
