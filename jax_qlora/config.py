@@ -152,6 +152,10 @@ class TrainConfig:
     """What the backward computes again to save memory: nothing that costs a matmul, all but the
     outputs of linears, or everything but the input of each layer; "offload" also keeps these inputs
     in host memory."""
+    attention: Literal["blocks", "cudnn"] = "blocks"
+    """How layers attend: in blocks, on any device, or by cuDNN's kernel on an NVIDIA GPU, which is
+    asked first whether it can. That kernel takes rows whole: with remat "full" and "offload",
+    `layer_chunk` must hold `batch_size` rows of the longest example. Not run on a GPU yet."""
     layer_chunk: Annotated[int, Range(256)] = 2048
     """With remat "full" and "offload": tokens that go through a layer at once, all rows of a batch
     together, but 256 of each row at least. Fewer take less memory; the 4-bit weights are decoded

@@ -13,6 +13,7 @@ from jax.typing import DTypeLike
 
 from ..lift import lift
 from ..models import Model, decoder_functions
+from ..models.cudnn_attention import check_device
 from ..quant.streaming import check_host_memory, fetch
 from ..typing import Array
 from .load_params import Encoding, check_tensors, load_params, stored_dtype
@@ -29,6 +30,7 @@ def load_model(
     compute_dtype: DTypeLike | None = None,
     dtype: DTypeLike | None = None,
     remat: str = "none",
+    attention: str = "blocks",
     layer_chunk: int = 2048,
     streamed: bool = False,
     split: Mapping[str, Callable[[Array], Any]] | None = None,
@@ -51,6 +53,7 @@ def load_model(
             GGUF file is bfloat16, and float32 without quantization.
         remat: What the backward recomputes: "none", "dots", "full" or "offload"; see
             `decoder_functions`.
+        attention: "blocks", or "cudnn" on an NVIDIA GPU; see `decoder_functions`.
         layer_chunk: With "full" and "offload", tokens that go through a layer at once.
         streamed: Keep the 4-bit kernels in host memory; each layer is fetched when it is used.
         split: For some paths of the parameter tree, what makes the parameter of the dense one, all
@@ -63,16 +66,19 @@ def load_model(
     Raises:
         InputError: There is no such model; its files are damaged or contradict each other; its
             architecture or a setting is not implemented; a weight is not finite; the device has
-            no host memory for what is to wait there.
+            no host memory for what is to wait there, or no cuDNN that can do the attention.
     """
     check_host_memory(streamed=streamed, remat=remat)
     path, config, tensors, raw = open_checkpoint(path)
     dtype = _default_dtype(raw, quantization) if dtype is None else dtype
     compute = jnp.dtype(default_compute_dtype() if compute_dtype is None else compute_dtype)
+    if attention == "cudnn":
+        check_device(config, compute)
     functions = decoder_functions(
         config,
         compute_dtype=compute,
         remat=remat,
+        attention=attention,
         transform=lift,
         fetch=fetch if streamed else None,
         layer_chunk=layer_chunk,

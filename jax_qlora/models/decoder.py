@@ -4,7 +4,7 @@
 The layers are one module whose parameters have a leading layer axis, scanned by `nnx.scan`.
 """
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from ..typing import Array, Bool, Float, Int
 from .attention import as_valid, default_positions
 from .blockwise_attention import ATTENTION_OUTPUT
 from .config import DecoderConfig
+from .cudnn_attention import KERNEL, AttentionKind
 from .layer import Caches, Context, Layer, make_norm
 from .layers import LINEAR_OUTPUT, Embed, Linear
 from .matmul import matmul
@@ -55,16 +56,23 @@ class Decoder(nnx.Module):
         dtype: Compute dtype: operands of the matmuls and the residual stream. Norms, rotations,
             softmax and logits are float32.
         remat: What the backward recomputes of each layer.
+        attention: How layers attend, but for decoding from a cache.
         rngs: Keys of the random initialization.
     """
 
     def __init__(
-        self, config: DecoderConfig, *, dtype: DTypeLike, remat: Remat = "none", rngs: nnx.Rngs
+        self,
+        config: DecoderConfig,
+        *,
+        dtype: DTypeLike,
+        remat: Remat = "none",
+        attention: AttentionKind = "blocks",
+        rngs: nnx.Rngs,
     ):
         @nnx.split_rngs(splits=config.n_layers)
         @nnx.vmap(in_axes=0, out_axes=0)
         def stack(rngs: nnx.Rngs) -> Layer:
-            return Layer(config, dtype=dtype, rngs=rngs)
+            return Layer(config, dtype=dtype, attention=attention, rngs=rngs)
 
         self.config: DecoderConfig = config
         self.remat: Remat = remat
@@ -185,4 +193,10 @@ def _policy(remat: Remat):
             offload_dst="pinned_host",
         )
     kept = {"full": (), "dots": (LINEAR_OUTPUT,), "none": (LINEAR_OUTPUT, ATTENTION_OUTPUT)}
-    return policies.save_only_these_names(*kept[remat])
+    named = policies.save_only_these_names(*kept[remat])
+    return policies.save_from_both_policies(named, _is_kernel) if remat == "none" else named
+
+
+def _is_kernel(primitive: Any, *_: Any, **__: Any) -> bool:
+    """Whether its results are those of cuDNN's attention, whose insides bear no names."""
+    return primitive.name == KERNEL

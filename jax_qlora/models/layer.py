@@ -12,10 +12,12 @@ from flax import nnx
 from jax import lax
 from jax.typing import DTypeLike
 
+from ..errors import InputError
 from ..typing import Array, Float
 from .attention import grouped_query_attention
 from .blockwise_attention import blockwise_attention
 from .config import DecoderConfig
+from .cudnn_attention import AttentionKind, cudnn_attention
 from .experts import MixtureOfExperts
 from .layers import GATED, Linear, RMSNorm, economical, in_chunks
 from .per_layer import PerLayer
@@ -70,7 +72,14 @@ class Caches(NamedTuple):
 class Attention(nnx.Module):
     """Grouped-query attention with rotary positions."""
 
-    def __init__(self, config: DecoderConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config: DecoderConfig,
+        *,
+        dtype: DTypeLike,
+        kind: AttentionKind = "blocks",
+        rngs: nnx.Rngs,
+    ):
         d, q_dim = config.d_model, config.n_heads * config.head_dim
         kv_dim = config.n_kv_heads * config.head_dim
 
@@ -81,6 +90,8 @@ class Attention(nnx.Module):
         self.parts = (q_dim, q_dim + kv_dim)  # where queries and keys end in a fused projection
         self.scale = (config.query_pre_attn_scalar or config.head_dim) ** -0.5
         self.softcap = config.attention_softcap
+        self.kind = kind
+        self.windows = tuple(dict.fromkeys(config.windows))
         fused = config.fused
         self.qkv_proj = linear(d, q_dim + 2 * kv_dim, config.qkv_bias) if fused else None
         if not fused:
@@ -129,6 +140,27 @@ class Attention(nnx.Module):
     def _keys_values(self, k: Array, v: Array, angles: Angles) -> tuple[Array, Array]:
         k = rotate(k if self.k_norm is None else self.k_norm(k), angles)
         return jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
+
+    def attend(
+        self,
+        q: Float[Array, "batch seq n_heads head_dim"],
+        k: Float[Array, "batch n_kv seq head_dim"],
+        v: Float[Array, "batch n_kv seq head_dim"],
+        valid: Array,
+        segment_ids: Array | None = None,
+        *,
+        window: Array | None = None,
+    ) -> Float[Array, "batch seq n_heads head_dim"]:
+        """Attend from all tokens to each other."""
+        if self.kind == "blocks":
+            limits = {"window": window, "softcap": self.softcap}
+            return blockwise_attention(self.scale, q, k, v, valid, segment_ids, **limits)
+        if segment_ids is not None:
+            raise InputError(
+                'train.attention = "cudnn": expected one document a row, found segment_ids, which '
+                'that attention cannot keep apart. Leave them out, or set it to "blocks".'
+            )
+        return cudnn_attention(self.scale, q, k, v, valid, window=window, windows=self.windows)
 
     def output(
         self, attended: Float[Array, "batch seq n_heads head_dim"]
@@ -181,9 +213,16 @@ class Layer(nnx.Module):
     attention, and `pre_feedforward_layernorm` the one before the MLP, as in `transformers`.
     """
 
-    def __init__(self, config: DecoderConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config: DecoderConfig,
+        *,
+        dtype: DTypeLike,
+        attention: AttentionKind = "blocks",
+        rngs: nnx.Rngs,
+    ):
         self.input_layernorm = make_norm(config, config.d_model)
-        self.self_attn = Attention(config, dtype=dtype, rngs=rngs)
+        self.self_attn = Attention(config, dtype=dtype, kind=attention, rngs=rngs)
         self.post_attention_layernorm = make_norm(config, config.d_model)
         mlp = MixtureOfExperts if config.n_experts else MLP
         self.mlp = mlp(config, dtype=dtype, rngs=rngs)
@@ -209,17 +248,9 @@ class Layer(nnx.Module):
     def attend(self, x: Float[Array, "batch seq d"], context: Context) -> Array:
         """Attend from the tokens of `x` to each other: `[batch, seq, n_heads, head_dim]`."""
         assert context.valid is not None
-        attention = self.self_attn
         q, k, v = self.queries_keys_values(x, context.angles)
-        return blockwise_attention(
-            attention.scale,
-            q,
-            k,
-            v,
-            context.valid,
-            context.segment_ids,
-            window=context.window,
-            softcap=attention.softcap,
+        return self.self_attn.attend(
+            q, k, v, context.valid, context.segment_ids, window=context.window
         )
 
     def attend_cached(

@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from ..errors import InputError
 from ..typing import Array, Float, PyTree
 from . import blockwise_attention as blockwise
 from .per_layer import PerLayer
@@ -37,6 +38,9 @@ class LayerFunctions:
         queries: `(params, x, angles) -> q`, `[batch, seq, n_heads, head_dim]`.
         finish: `(params, x, attended) -> y`, the layer's output.
         queries_keys_values: All three at once: a fused projection is one matmul then.
+        attend: `(q, k, v, valid, segment_ids, *, window) -> attended`, of whole rows, without
+            parameters. Of chunks attention is in blocks.
+        whole_rows: Whether chunks are not attention's affair, so that rows must be one chunk.
         scale: Factor of the attention scores.
         softcap: Bound of the scores, or None.
     """
@@ -45,6 +49,8 @@ class LayerFunctions:
     queries: Callable[..., Array]
     queries_keys_values: Callable[..., tuple[Array, Array, Array]]
     finish: Callable[..., Array]
+    attend: Callable[..., Array]
+    whole_rows: bool
     scale: float
     softcap: float | None
 
@@ -117,8 +123,13 @@ def run_layers(
     Returns:
         The residual stream after the last layer; reverse-mode differentiable in `x` and in those
         floating-point leaves of `layers` that are being differentiated, once.
+
+    Raises:
+        InputError: Rows that must be whole are longer than a chunk.
     """
     batch, seq, _ = x.shape
+    if loop.layer.whole_rows:
+        check_whole_rows(batch, seq, loop.chunk)
     size = _chunk_size(seq, max(loop.chunk // batch, 1))
     padding = -seq % size
     if padding:
@@ -127,6 +138,26 @@ def run_layers(
         )
     y: Any = _run(loop, size, layers, x, context, data)
     return y[:, :seq]
+
+
+def check_whole_rows(batch: int, seq: int, chunk: int) -> None:
+    """Check that rows go through a layer whole, as cuDNN's attention needs.
+
+    Args:
+        batch: Rows.
+        seq: Tokens of each.
+        chunk: `Loop.chunk`.
+
+    Raises:
+        InputError: They do not.
+    """
+    if _chunk_size(seq, max(chunk // batch, 1)) < seq:
+        raise InputError(
+            f'train.attention = "cudnn" with train.remat "full" or "offload": expected '
+            f"train.layer_chunk to hold {batch} x {seq} tokens, since that attention takes rows "
+            f"whole, found {chunk}. Set train.layer_chunk = {batch * seq}, or train.attention = "
+            '"blocks".'
+        )
 
 
 def _chunk_size(seq: int, most: int) -> int:
@@ -241,11 +272,9 @@ def _fold_in(chunk: Array, a: Array) -> Array:
 
 
 def _layer(layer: LayerFunctions, params: PyTree, x: Array, context: _LayerContext) -> Array:
-    tokens, limits = context.tokens, {"window": context.window, "softcap": layer.softcap}
+    tokens = context.tokens
     q, k, v = layer.queries_keys_values(params, x, tokens.angles)
-    out = blockwise.blockwise_attention(
-        layer.scale, q, k, v, tokens.valid, tokens.segment_ids, **limits
-    )
+    out = layer.attend(q, k, v, tokens.valid, tokens.segment_ids, window=context.window)
     return layer.finish(params, x, out)
 
 

@@ -14,6 +14,7 @@ from ..errors import InputError
 from ..typing import Array, Float, Int, Key, PyTree
 from .attention import as_valid, default_positions
 from .config import DecoderConfig, validate_config
+from .cudnn_attention import AttentionKind, check_model
 from .decoder import Cache, Decoder, Remat
 from .layer import Layer
 from .layer_loop import Context, LayerFunctions, Loop, run_layers
@@ -48,6 +49,7 @@ def decoder_functions(
     *,
     compute_dtype: DTypeLike = jnp.float32,
     remat: str = "none",
+    attention: str = "blocks",
     transform: Callable[[Callable], Callable] | None = None,
     fetch: Callable[[PyTree], PyTree] | None = None,
     layer_chunk: int = 2048,
@@ -61,6 +63,10 @@ def decoder_functions(
         remat: What the backward recomputes: "none", nothing that costs a matmul; "dots", all but
             the outputs of linears; "full", each layer from its input; "offload", the same with
             these inputs in host memory.
+        attention: "blocks" is attention in blocks, on any device; "cudnn" is cuDNN's kernel, on an
+            NVIDIA GPU, which `cudnn_attention.check_device` asks whether it can. It takes rows
+            whole, so with "full" and "offload" a layer must too (`layer_chunk`), and it takes no
+            `segment_ids`. Decoding from a cache is the same with both.
         transform: What every function of parameters goes through, e.g. `lift`. Given here, and not
             put around the result, it lets "full" and "offload" run the layers in a loop with a
             backward of its own (`layer_loop`), which keeps the least memory.
@@ -71,12 +77,13 @@ def decoder_functions(
         Pure functions, jit-friendly, of a nested dict of arrays shaped as `abstract_params` says.
 
     Raises:
-        InputError: An impossible configuration, or an unknown dtype or remat setting.
+        InputError: An impossible configuration, an unknown dtype, remat or attention setting, or a
+            model that cuDNN's attention cannot do.
     """
-    graphdef, _ = nnx.split(_abstract_decoder(config, compute_dtype, remat))
+    graphdef, _ = nnx.split(_abstract_decoder(config, compute_dtype, remat, attention))
     loop = None
     if transform is not None and remat in ("full", "offload"):
-        layer = _layer_functions(config, compute_dtype, transform)
+        layer = _layer_functions(config, compute_dtype, transform, cast(AttentionKind, attention))
         loop = Loop(layer=layer, chunk=layer_chunk, offload=remat == "offload", fetch=fetch)
     embed = (transform or _same)(lambda params, tokens: nnx.merge(graphdef, params).embed(tokens))
 
@@ -163,10 +170,15 @@ def _same(f: Callable) -> Callable:
 
 
 def _layer_functions(
-    config: DecoderConfig, dtype: DTypeLike, transform: Callable[[Callable], Callable]
+    config: DecoderConfig,
+    dtype: DTypeLike,
+    transform: Callable[[Callable], Callable],
+    attention: AttentionKind,
 ) -> LayerFunctions:
     """One layer's pieces as functions of its parameters."""
-    abstract = nnx.eval_shape(lambda: Layer(config, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0)))
+    abstract = nnx.eval_shape(
+        lambda: Layer(config, dtype=jnp.dtype(dtype), attention=attention, rngs=nnx.Rngs(0))
+    )
     graphdef, _ = nnx.split(abstract)
 
     def piece(name: str) -> Callable[..., Any]:
@@ -177,6 +189,8 @@ def _layer_functions(
         queries=piece("queries"),
         queries_keys_values=piece("queries_keys_values"),
         finish=piece("finish"),
+        attend=abstract.self_attn.attend,
+        whole_rows=attention == "cudnn",
         scale=abstract.self_attn.scale,
         softcap=abstract.self_attn.softcap,
     )
@@ -196,7 +210,7 @@ def abstract_params(config: DecoderConfig) -> PyTree:
     Raises:
         InputError: An impossible configuration.
     """
-    return nnx.to_pure_dict(nnx.split(_abstract_decoder(config, jnp.float32, "none"))[1])
+    return nnx.to_pure_dict(nnx.split(_abstract_decoder(config, jnp.float32))[1])
 
 
 def init_params(
@@ -253,15 +267,26 @@ def init_cache(
     )
 
 
-def _abstract_decoder(config: DecoderConfig, compute_dtype: DTypeLike, remat: str) -> Decoder:
+def _abstract_decoder(
+    config: DecoderConfig,
+    compute_dtype: DTypeLike,
+    remat: str = "none",
+    attention: str = "blocks",
+) -> Decoder:
     validate_config(config)
     dtype = jnp.dtype(compute_dtype)
     if dtype.name not in ("float32", "bfloat16", "float16"):
         raise InputError(f"compute_dtype is {dtype.name}: expected float32, bfloat16 or float16.")
     if remat not in get_args(Remat):
         raise InputError(f"remat is {remat!r}: expected one of {', '.join(get_args(Remat))}.")
-    policy = cast(Remat, remat)
-    return nnx.eval_shape(lambda: Decoder(config, dtype=dtype, remat=policy, rngs=nnx.Rngs(0)))
+    if attention not in get_args(AttentionKind):
+        raise InputError(
+            f"attention is {attention!r}: expected one of {', '.join(get_args(AttentionKind))}."
+        )
+    if attention == "cudnn":
+        check_model(config, dtype)
+    how: dict[str, Any] = {"remat": remat, "attention": attention}
+    return nnx.eval_shape(lambda: Decoder(config, dtype=dtype, **how, rngs=nnx.Rngs(0)))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

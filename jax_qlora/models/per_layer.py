@@ -10,7 +10,8 @@ from ..typing import Array
 from .config import DecoderConfig
 from .rope import Angles
 
-_ALL = np.iinfo(np.int32).max
+ALL = np.iinfo(np.int32).max
+"""The window of a layer that sees all tokens."""
 
 
 class PerLayer(NamedTuple):
@@ -36,7 +37,7 @@ def per_layer(config: DecoderConfig) -> PerLayer:
     """Return the data of all layers, from a configuration."""
     window = local = None
     if config.sliding_window is not None:
-        window = jnp.asarray([_ALL if w is None else w for w in config.windows], jnp.int32)
+        window = jnp.asarray([ALL if w is None else w for w in config.windows], jnp.int32)
     if config.local_rope_theta is not None:
         local = jnp.asarray([w is not None for w in config.windows])
     return PerLayer(window, local)

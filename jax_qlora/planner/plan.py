@@ -186,6 +186,11 @@ def _compile(
     decoder: DecoderConfig, config: Config, card: Gpu | Tpu, seq: int
 ) -> tuple[dict[str, Any], str]:
     """What the compiler plans, and why it could not where it could not."""
+    if config.train.attention == "cudnn":
+        return {}, (
+            "cuDNN plans its attention on the card itself, which is not here; what is compiled "
+            'for a card that is not there is train.attention = "blocks"'
+        )
     if why := missing_wheel() if isinstance(card, Tpu) else missing_wheels():
         return {}, why
     case = {

@@ -39,6 +39,11 @@ class Data:
         return padded_length(self.train, multiple=self.config.data.length_multiple)
 
     @property
+    def longest_held_out(self) -> int:
+        """Length of a batch of held-out examples."""
+        return padded_length(self.held_out, multiple=self.config.data.length_multiple)
+
+    @property
     def width(self) -> int:
         """Most answer tokens in any example."""
         return answer_width([*self.train, *self.held_out])

@@ -29,6 +29,8 @@ from ..interop.load import load_model, stored_dtypes, training_compute_dtype
 from ..lora import Targets, summary
 from ..lora.inits import PLAIN_INITS
 from ..models import DecoderConfig, Model
+from ..models.cudnn_attention import check_device
+from ..models.layer_loop import check_whole_rows
 from ..optim import Paging, make_paging
 from ..quant.streaming import check_host_memory, streaming_memory
 from ..report import Display, Metrics, write_text
@@ -97,8 +99,13 @@ def train(config: Config, *, console: Console | None = None) -> Result:
         paging = make_paging(config.optim.placement)
         check_host_memory(streamed=config.quant.streamed, remat=config.train.remat)
         decoder, tokenizer = read_description(config.model)
+        if config.train.attention == "cudnn":
+            check_device(decoder, _compute_dtype(config))
         targets = find_decoder_targets(decoder, config)
         data = load_data(config, tokenizer, context=decoder.max_length)
+        if config.train.attention == "cudnn" and config.train.remat in ("full", "offload"):
+            longest = max(data.longest, data.longest_held_out)
+            check_whole_rows(config.train.batch_size, longest, config.train.layer_chunk)
         memory = MemoryCheck(decoder, config, targets, seq=data.longest)
         stack.enter_context(on_shortage(memory.explain))  # from here on it can run out
 
@@ -249,6 +256,7 @@ def load(
     options: dict[str, Any] = dict(
         compute_dtype=_compute_dtype(config),
         remat=config.train.remat,
+        attention=config.train.attention,
         layer_chunk=config.train.layer_chunk,
         streamed=config.quant.streamed,
     )

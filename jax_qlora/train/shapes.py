@@ -99,6 +99,7 @@ def abstract_run(
         decoder,
         compute_dtype=dtype,
         remat=config.train.remat,
+        attention=config.train.attention,
         transform=lift,
         fetch=fetch if config.quant.streamed else None,
         layer_chunk=config.train.layer_chunk,
