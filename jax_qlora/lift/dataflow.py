@@ -28,6 +28,7 @@ from .._compat import (
     unstack_p,
     while_p,
 )
+from ..lora.targets import Convolution
 from .views import (
     View,
     drop_axis,
@@ -84,6 +85,7 @@ class Use:
     in_axes: tuple[int, ...]
     out_axes: tuple[int, ...]
     vocab: tuple[int, ...] = ()
+    conv: Convolution | None = None
 
 
 def fact_of_input(aval: Any) -> Fact:
@@ -167,6 +169,7 @@ class Dataflow:
         free: Sequence[int],
         batch: Sequence[int] = (),
         vocab: Sequence[int] = (),
+        conv: Convolution | None = None,
     ) -> None:
         """Records a use, by the dimensions of the value that play each part in it.
 
@@ -182,7 +185,7 @@ class Dataflow:
             return  # an axis is cut, and its parts are used differently
         known = self.uses.get(param.path)
         if known is None or (kind == "embedding" and known.kind == "linear"):
-            self.uses[param.path] = Use(kind, parts[0], parts[1], axes(vocab))
+            self.uses[param.path] = Use(kind, parts[0], parts[1], axes(vocab), conv)
 
     def _matmul(self, eqn: JaxprEqn, ins: list[Fact]) -> Fact:
         side = 0 if isinstance(ins[0], Param) else 1
@@ -214,11 +217,19 @@ class Dataflow:
         return Activation(frozenset({param.path + "?"}))
 
     def _conv(self, eqn: JaxprEqn, ins: list[Fact]) -> Fact:
-        param = ins[1]
-        if not isinstance(param, Param):
+        other, param = ins
+        params = eqn.params
+        if not isinstance(param, Param) or params["batch_group_count"] != 1:
             return None
-        out_dim, *rest = eqn.params["dimension_numbers"].rhs_spec
-        self._use(param, "conv", sorted(rest), [out_dim])
+        out, *rest = params["dimension_numbers"].rhs_spec
+        conv = Convolution(
+            dims=tuple(tuple(param.view.origin[a] for a in param.view.dims[d]) for d in rest),
+            groups=params["feature_group_count"],
+            dilated=any(n != 1 for n in (*params["lhs_dilation"], *params["rhs_dilation"])),
+        )
+        self._use(param, "conv", sorted(rest), [out], conv=conv)
+        if isinstance(other, Activation):
+            self.consumed |= other.kernels
         return Activation(frozenset({param.path}))
 
     def heads(self, outs: Sequence[Fact], shapes: Mapping[str, Sequence[int]]) -> set[str]:

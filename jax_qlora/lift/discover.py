@@ -96,5 +96,11 @@ def _target(path: str, leaf: Any, use: Use, head: bool) -> Target | None:
         return None  # stacked axes are not in front: no layout of rows and cols
     layout = KernelLayout(shape=shape[trailing.start :], in_axes=tuple(sorted(use.in_axes)))
     return Target(
-        path=path, shape=shape, dtype=leaf.dtype.name, layout=layout, kind=use.kind, head=head
+        path=path,
+        shape=shape,
+        dtype=leaf.dtype.name,
+        layout=layout,
+        kind=use.kind,
+        head=head,
+        conv=use.conv,
     )

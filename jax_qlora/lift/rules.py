@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What primitives mean on a weight that is quantized, adapted, or both.
 
-`dot_general` and the row look-up compute with the weight as it is stored; rearrangements change the
-view; control flow recurses. Anything else needs the dense weight, and that is an error unless the
-caller allowed it: a silent dense weight is a memory bug.
+`dot_general`, convolutions and the row look-up compute with the weight as it is stored;
+rearrangements change the view; control flow recurses. Anything else needs the dense weight, and
+that is an error unless the caller allowed it: a silent dense weight is a memory bug.
 """
 
 import dataclasses
@@ -25,6 +25,7 @@ from ..quant import QuantizedArray, quantized_matmul
 from ..quant.matmul import accumulator
 from ..typing import Array
 from .control_flow import CONTROL_FLOW
+from .convolution import convolution
 from .interpreter import Special, evaluate
 from .views import gathered_view, lead_slice, match_lookup, match_matmul, step_view, take_view
 from .weight import Unavailable, Weight
@@ -76,8 +77,8 @@ def make_dense(value: Any, use: str, allow: Allow) -> Any:
     if not isinstance(value, Weight) or not allow(value.path):
         raise InputError(
             f"'{value.path}' is quantized or adapted and reaches '{use}', which has no rule: "
-            "expected a matmul, an einsum or a row look-up over its whole contracted axes. Leave "
-            "this path out of the targets, or let it be dense there: "
+            "expected a matmul, an einsum, a convolution or a row look-up over its whole "
+            "contracted axes. Leave this path out of the targets, or let it be dense there: "
             f"lift(f, materialize=['{value.path}'])."
         )
     return value.dense()
@@ -252,6 +253,7 @@ def _barrier(eqn: JaxprEqn, values: list[Any]) -> list[Any]:
 
 _RULES = {
     lax.dot_general_p: _dot_general,
+    lax.conv_general_dilated_p: convolution,
     lax.gather_p: _gather,
     lax.stop_gradient_p: _stop_gradient,
     lax.optimization_barrier_p: _barrier,

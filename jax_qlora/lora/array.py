@@ -101,12 +101,9 @@ def lora_matmul(
         dtype: dtype of the result, `x.dtype` by default.
     """
     first, second = (pair.b, pair.a) if transpose else (pair.a, pair.b)
-    keep = 1.0 - pair.dropout
 
     def one(x: Array, first: Array, second: Array, key: Any = None) -> Array:
-        if key is not None:
-            mask = jax.random.bernoulli(key, keep, x.shape)
-            x = jnp.where(mask, x / jnp.asarray(keep, x.dtype), jnp.zeros_like(x))
+        x = dropped(x, pair.dropout, key)
         return _update(transpose, pair.scale, jnp.dtype(dtype or x.dtype), x, first, second)
 
     args = [x, first, second]
@@ -116,6 +113,21 @@ def lora_matmul(
     for _ in pair.lead:
         f = jax.vmap(f)
     return f(*args)
+
+
+def dropped(x: Array, dropout: float, key: Any) -> Array:
+    """The input of an update in training: some values zero, the others scaled up.
+
+    Args:
+        x: The input.
+        dropout: Probability of zeroing a value.
+        key: Random key, or None for no dropout.
+    """
+    if key is None or dropout == 0:
+        return x
+    keep = 1.0 - dropout
+    mask = jax.random.bernoulli(key, keep, x.shape)
+    return jnp.where(mask, x / jnp.asarray(keep, x.dtype), jnp.zeros_like(x))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))

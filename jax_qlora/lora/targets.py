@@ -14,6 +14,22 @@ Match = str | Sequence[str]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Convolution:
+    """How a convolution uses its kernel.
+
+    Attributes:
+        dims: The kernel's axes, counted from the end, that make up its input channels, and those of
+            each dimension of its window.
+        groups: Number of groups; outputs of one see the input channels of one.
+        dilated: Whether the window or the input has gaps.
+    """
+
+    dims: tuple[tuple[int, ...], ...]
+    groups: int = 1
+    dilated: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Target:
     """One kernel and how the model uses it.
 
@@ -25,6 +41,7 @@ class Target:
         kind: "linear", "embedding" (looked up; a tied one is also multiplied) or "conv".
         head: Whether it produces the model's vocabulary logits.
         router: Whether its results choose, by `top_k`, among experts.
+        conv: Of a "conv", how it is used.
     """
 
     path: str
@@ -34,6 +51,7 @@ class Target:
     kind: str = "linear"
     head: bool = False
     router: bool = False
+    conv: Convolution | None = None
 
     @property
     def lead(self) -> tuple[int, ...]:

@@ -50,6 +50,20 @@ CASES = {  # kernel, contracted axes, output axes, function of the kernel, shape
         (3, 64, 24), -2, None, lambda x, w: jnp.einsum("bf,edf->bed", x, w), (5, 24),
     ),
     "heads": ((64, 4, 6), -3, None, lambda x, w: jnp.einsum("bd,dhk->bhk", x, w), (5, 64)),
+    "convolution": (
+        (3, 3, 4, 24), (-4, -3, -2), None,
+        lambda x, w: jax.lax.conv_general_dilated(
+            x, w, (2, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        ),
+        (2, 5, 5, 4),
+    ),
+    "convolution in groups": (
+        (24, 2, 3, 3), (-3, -2, -1), -4,
+        lambda x, w: jax.lax.conv_general_dilated(
+            x, w, (1, 1), "VALID", rhs_dilation=(1, 2), feature_group_count=2
+        ),
+        (2, 4, 5, 7),
+    ),
     "rows looked up": (
         (24, 64), -1, -2, lambda x, w: w[jnp.array([3, 0, 3])] * x[None], (64,),
     ),
