@@ -107,6 +107,12 @@ def _factors(path: Path, config: PeftConfig) -> dict[str, Factors]:
         InputError: the file holds something else as well, or factors that do not fit together.
     """
     tensors = read_tensors(path / WEIGHTS_NAME)
+    if config.target_parameters:
+        raise InputError(
+            f"{path} has updates of parameters ({', '.join(config.target_parameters)}): expected "
+            "the factors of linear modules alone, as PEFT combines no others. Load it and use "
+            "combine_adapters, or merge it into the model."
+        )
     if config.dora:
         raise InputError(
             f"{path} is a DoRA adapter, whose magnitudes have no weighted combination: expected "

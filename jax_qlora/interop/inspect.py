@@ -27,6 +27,7 @@ from .hf import is_linear, parameter_shapes, tensor_names, tensor_shape
 from .load_params import check_tensors
 from .open import open_checkpoint
 from .peft_config import CONFIG_NAME, read_config
+from .peft_parameters import name_experts
 from .safetensors import read_header
 
 _LAYER = re.compile(r"\.layers\.\d+\.|^blk\.\d+\.")
@@ -142,9 +143,10 @@ def _inspect_adapter(path: Path) -> dict[str, Any]:
             "again."
         ) from error
     header = read_header(path / WEIGHTS_NAME)
+    shapes = named = {name: x.shape for name, x in header.items()}
     loads: bool | str = True
     try:
-        read_config(path)
+        named = name_experts(shapes, read_config(path))
     except InputError as error:
         loads = str(error)
     return {
@@ -154,7 +156,8 @@ def _inspect_adapter(path: Path) -> dict[str, Any]:
         "base_model": base,
         "method": raw.get("peft_type"),
         "alpha": alpha,
-        **_updates({name: x.shape for name, x in header.items()}, ".lora_A.weight"),
+        **_updates(shapes, ".lora_A.weight"),
+        "targets": _updates(named, ".lora_A.weight")["targets"],
         "dtypes": sorted({str(x.dtype) for x in header.values()}),
         "bytes": sum(x.nbytes for x in header.values()),
         "loads": loads,

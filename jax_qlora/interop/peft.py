@@ -8,47 +8,37 @@ which stay zero in training (each factor's gradient is a multiple of the other) 
 again on saving. A differing scale is folded into `b`: the update is the same, but to an optimizer
 that normalizes gradients the learning rate of that layer's `b` changes by the ratio of the scales.
 
-Adapters of any other tree use the same format with the tree's path as the module's name.
+Adapters of any other tree use the same format with the tree's path as the module's name, or a name
+that is given. What the tensors of a module are: `peft_layers`; those of experts: `peft_parameters`.
 """
 
 import math
 import os
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from ..errors import InputError
-from ..lora import Adapter, LoraPair, Targets, add_magnitudes
-from ..lora.array import is_special
-from ..lora.combine_factors import used_rank
+from ..lora import Adapter, LoraPair, Targets
 from ..models import Model
-from ..quant.layout import KernelLayout
-from ..tree import flatten_paths
 from .adapter_files import WEIGHTS_NAME, read_tensors, write_adapter
-from .hf import tensor_indices, tensor_names
 from .peft_config import PeftConfig, config_json, make_config, read_config
-from .peft_whole import (
-    PREFIX,
-    Whole,
-    check_weights,
-    read_whole,
-    whole_tensors,
-    write_whole,
+from .peft_copies import add_copies, without_copies
+from .peft_layers import Slot, Update, decode, encode, find_slots, tensor_shapes
+from .peft_parameters import (
+    Parameter,
+    bare_parameters,
+    find_stems,
+    join,
+    parameter_shapes,
+    split,
+    weight_parameters,
 )
-
-_SUFFIXES = {
-    "a": ".lora_A.weight",
-    "b": ".lora_B.weight",
-    "magnitude": ".lora_magnitude_vector",
-}
-# of an embedding, whose rows are the vocabulary: transposed, and so named the other way round
-_EMBEDDING_SUFFIXES = {"b": ".lora_embedding_A", "a": ".lora_embedding_B"}
-_TIED = {f: f"{PREFIX}lm_head{_SUFFIXES[f]}" for f in ("a", "b")}
+from .peft_stacks import some, stack, unstack
+from .peft_whole import PREFIX, Whole, read_whole, whole_tensors, write_whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +47,8 @@ class SavedAdapter:
 
     Attributes:
         path: The adapter's directory.
-        modules: Number of adapted modules; there are two tensors each, three with DoRA.
+        modules: Number of adapted modules and parameters; there are two tensors each, three with
+            DoRA.
         nbytes: Size of the weights' file.
         b_norm: Euclidean norm of all `b` factors together; 0 for an untrained adapter.
     """
@@ -68,29 +59,22 @@ class SavedAdapter:
     b_norm: float
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Slot:
-    """A linear module of the model: where its update lies in an adapter."""
-
-    path: str
-    layer: tuple[int, ...] | None  # layer and expert in the stack, or None for the whole leaf
-    lead: tuple[int, ...]
-    layout: KernelLayout
-    head: bool
-    embedding: bool = False
-
-
 def save_adapter(
     path: str | os.PathLike[str],
     adapter: Mapping[str, Any],
     model: Model | Targets,
     *,
     base_model: str | None = None,
+    names: Mapping[str, str] | None = None,
 ) -> SavedAdapter:
     """Writes an adapter that PEFT loads onto the same model.
 
     Written beside `path`, read back and compared, then moved into place; an adapter that was there
     is replaced only then, and other files of its directory are kept.
+
+    Updates of experts and routers are written as transformers 5 has them, as parameters, for which
+    PEFT has no dropout and no DoRA: dropout is written as 0, and DoRA under the names of
+    transformers 4.
 
     Args:
         path: Directory to make.
@@ -98,16 +82,18 @@ def save_adapter(
         model: The model it belongs to; or, for a tree that is no decoder of this library, the
             `Targets` found in it: modules are then named by path, with "/" as ".".
         base_model: Name or path of the base model to note in the configuration.
+        names: What the model in PEFT calls a module, by path, where that is not the path:
+            `{"conv/kernel": "conv"}`. For `Targets` alone.
 
     Returns:
         What was written.
 
     Raises:
-        InputError: the adapter is of another model, has values that are not finite or nothing to
-            save, or the directory cannot be written.
+        InputError: the adapter is of another model, has values that are not finite, nothing to
+            save or something that PEFT cannot say, or the directory cannot be written.
     """
     path = Path(path)
-    slots = _slots(model)
+    slots = find_slots(model, names)
     pairs = {p: x for p, x in adapter.items() if isinstance(x, LoraPair)}
     dora = {pair.magnitude is not None for pair in pairs.values()}
     if len(dora) > 1:
@@ -115,50 +101,49 @@ def save_adapter(
             f"the adapter to save at {path} has magnitudes (DoRA) for some updates and none for "
             "others: expected all or none, as in PEFT. Make them with add_magnitudes."
         )
-    tensors, ranks, scales = _unstack(pairs, slots)
-    if dora == {True} and any(slots[module].embedding for module in ranks):
-        raise InputError(
-            f"the adapter to save at {path} is a DoRA adapter of the embedding: PEFT scales its "
-            "columns, here DoRA scales rows. Leave the embedding out of the targets, or merge it."
-        )
-    if not ranks:
+    updates = unstack(pairs, slots)
+    if not updates:
         beside = sorted(adapter.keys() - pairs.keys())
-        found = f"has no update beside {_some(beside)}" if beside else "changes nothing"
+        found = f"has no update beside {some(beside)}" if beside else "changes nothing"
         raise InputError(
             f"the adapter to save at {path} {found}: PEFT's format expects at least one update "
             "that is not zero in both factors. Make one with init_adapter."
         )
+    bare = bare_parameters(slots) if isinstance(model, Model) and dora == {False} else []
+    tensors, ranks, scales = _encode(updates, slots, bare)
     settings: dict[str, Any] = dict(dora=dora == {True})
     if isinstance(model, Model):
         rest = {p: x for p, x in adapter.items() if p not in pairs}
-        whole, more = write_whole(rest, model, ranks)
+        whole, more = write_whole(rest, model, updates)
         _check_finite(whole)
         tensors, settings = tensors | whole, settings | more
-        if model.config.tied:  # one update of one weight; PEFT has it twice
-            for module in [m for m in ranks if slots[m].embedding]:
-                settings["tied"] = True
-                for factor, copy in _TIED.items():
-                    key = _key(module, slots[module], factor)
-                    tensors[copy] = np.ascontiguousarray(tensors[key].T)
+        settings["tied"] = add_copies(tensors, model) or settings.get("tied", False)
     elif len(pairs) < len(adapter):
         raise InputError(
             f"the adapter to save at {path} trains whole weights or rows: expected updates alone "
             "for a tree that is no decoder of this library. Save those arrays yourself."
         )
     dropout = max(pair.dropout for pair in pairs.values())
-    config = make_config(ranks, scales, slots, dropout=dropout, **settings)
+    parameters = [parameter.name for parameter in bare]
+    if not ranks.keys().isdisjoint(parameters):
+        dropout = 0.0
+    config = make_config(ranks, scales, slots, parameters, dropout=dropout, **settings)
     text = config_json(config, base_model=base_model, causal_lm=isinstance(model, Model))
     write_adapter(path, tensors, text)
-    b = [x for name, x in tensors.items() if name.endswith(_SUFFIXES["b"])]
     return SavedAdapter(
         path=path,
         modules=len(ranks),
         nbytes=(path / WEIGHTS_NAME).stat().st_size,
-        b_norm=float(np.sqrt(sum(np.sum(np.square(x, dtype=np.float64)) for x in b))),
+        b_norm=math.sqrt(sum(np.sum(np.square(u.b, dtype=np.float64)) for u in updates.values())),
     )
 
 
-def load_adapter(path: str | os.PathLike[str], model: Model | Targets) -> Adapter:
+def load_adapter(
+    path: str | os.PathLike[str],
+    model: Model | Targets,
+    *,
+    names: Mapping[str, str] | None = None,
+) -> Adapter:
     """Reads a LoRA adapter that PEFT or `save_adapter` wrote, or a GGUF file of llama.cpp's.
 
     Every tensor of the file is used and every module that the configuration names is filled, or it
@@ -167,6 +152,7 @@ def load_adapter(path: str | os.PathLike[str], model: Model | Targets) -> Adapte
     Args:
         path: The adapter's directory, or its .gguf file: see `load_gguf_lora`.
         model: The model it was trained on, or the `Targets` of a tree, as for `save_adapter`.
+        names: Names of modules by path, as for `save_adapter`.
 
     Returns:
         Path -> LoraPair, float32; and the arrays and TokenRows that are trained beside.
@@ -181,42 +167,34 @@ def load_adapter(path: str | os.PathLike[str], model: Model | Targets) -> Adapte
         return _load_gguf(path, model)
     config = read_config(path)
     tensors = read_tensors(path / WEIGHTS_NAME)
-    slots = _slots(model)
+    slots = find_slots(model, names)
     targets = [m for m, slot in slots.items() if config.is_target(m, head=slot.head)]
     targets = [m for m in targets if not (slots[m].embedding and config.is_every_linear)]
+    parameters = _target_parameters(path, config, model, slots)
     whole: dict[str, Whole] = {}
     if isinstance(model, Model):
         whole = whole_tensors(config, model, targets)
-    tensors = _without_copies(path, config, tensors, model)
-    _check_fit(path, config, tensors, slots, targets, whole)
-    beside = read_whole(whole, tensors, model) if isinstance(model, Model) else {}
-    stacks: dict[str, dict[tuple[int, ...] | None, str]] = {}
+        tensors = without_copies(path, config, tensors, model)
+    wanted = {key: entry.shape for key, entry in whole.items()}
     for module in targets:
-        stacks.setdefault(slots[module].path, {})[slots[module].layer] = module
-    adapter: Adapter = {
-        leaf: _stack(config, tensors, modules, slots[next(iter(modules.values()))])
-        for leaf, modules in stacks.items()
+        rank = config.rank_of(module)
+        wanted |= tensor_shapes(module, slots[module], rank, dora=config.dora)
+    for stem, parameter in parameters.items():
+        wanted |= parameter_shapes(stem, parameter, slots, config.rank_of(parameter.name))
+    _check_fit(path, config, tensors, wanted, slots)
+    updates = {
+        module: decode(
+            module, slots[module], tensors, scale=config.scale_of(module), dora=config.dora
+        )
+        for module in targets
     }
-    if twice := sorted(adapter.keys() & beside.keys()):
-        raise InputError(f"the adapter at {path} has two updates of {_some(twice)}: expected one.")
-    if not config.dora:
-        return adapter | beside
-    # layers that the adapter leaves out keep the length of their rows
-    partly = {p: x for p, x in adapter.items() if len(stacks[p]) < math.prod(x.lead)}
-    untouched: Adapter = {}
-    if isinstance(model, Model) and partly:
-        leaves = flatten_paths(model.params, is_leaf=is_special)
-        for leaf in partly:
-            check_weights(leaves[leaf], leaf)
-        untouched = add_magnitudes(model.params, partly)
-    for leaf, pair in adapter.items():
-        modules, slot = stacks[leaf], slots[next(iter(stacks[leaf].values()))]
-        magnitude = np.zeros((*slot.lead, slot.layout.rows), np.float32)
-        if leaf in untouched:
-            magnitude[:] = np.asarray(untouched[leaf].magnitude)
-        for layer, module in modules.items():
-            magnitude[... if layer is None else layer] = tensors[_key(module, slot, "magnitude")]
-        adapter[leaf] = replace(pair, magnitude=jnp.asarray(magnitude))
+    for stem, parameter in parameters.items():
+        found = split(stem, parameter, slots, tensors, config.scale_of(parameter.name))
+        _check_once(path, updates.keys() & found.keys())
+        updates |= found
+    beside = read_whole(whole, tensors, model) if isinstance(model, Model) else {}
+    adapter = stack(updates, slots, config, model)
+    _check_once(path, adapter.keys() & beside.keys())
     return adapter | beside
 
 
@@ -231,187 +209,58 @@ def _load_gguf(path: Path, model: Model | Targets) -> Adapter:
     )
 
 
-def _key(module: str, slot: _Slot, factor: str) -> str:
-    suffixes = _SUFFIXES | _EMBEDDING_SUFFIXES if slot.embedding else _SUFFIXES
-    return f"{PREFIX}{module}{suffixes[factor]}"
-
-
-def _slots(model: Model | Targets) -> dict[str, _Slot]:
-    """The linear modules and the embedding, by PEFT's name for them."""
-    slots: dict[str, _Slot] = {}
-    if isinstance(model, Targets):
-        for t in model.found:
-            name = t.path.replace("/", ".")
-            slots[name] = _Slot(path=t.path, layer=None, lead=t.lead, layout=t.layout, head=t.head)
-        return slots
-    for path, leaf in flatten_paths(model.params, is_leaf=is_special).items():
-        module, _, kind = path.rpartition("/")
-        shape = tuple(leaf.shape)
-        if kind == "embedding":
-            layout = KernelLayout(shape=shape, in_axes=(-1,))
-            name = tensor_names(path, model.config)[0].removesuffix(".weight")
-            slots[name] = _Slot(
-                path=path, layer=None, lead=(), layout=layout, head=False, embedding=True
-            )
-        if kind != "kernel":
-            continue
-        layout = KernelLayout(shape=shape[-2:], in_axes=(-2,))
-        names = tensor_names(path, model.config)
-        for index, name in zip(tensor_indices(path, model.config), names, strict=True):
-            slots[name.removesuffix(".weight")] = _Slot(
-                path=path,
-                layer=index or None,
-                lead=shape[:-2],
-                layout=layout,
-                head=module == "lm_head",
-            )
-    return slots
-
-
-def _unstack(
-    adapter: Mapping[str, LoraPair], slots: Mapping[str, _Slot]
+def _encode(
+    updates: Mapping[str, Update], slots: Mapping[str, Slot], bare: Sequence[Parameter]
 ) -> tuple[dict[str, np.ndarray], dict[str, int], dict[str, float]]:
-    """Tensors by key, and rank and scale by module."""
-    by_path: dict[str, list[tuple[str, _Slot]]] = {}
-    for module, slot in slots.items():
-        by_path.setdefault(slot.path, []).append((module, slot))
-    unknown = sorted(set(adapter) - set(by_path))
-    if unknown:
-        raise InputError(
-            f"the adapter has updates of {_some(unknown)}, which are no linear modules of the "
-            f"model: expected some of {_some(by_path)}. Save it with the model it was made for."
-        )
+    """Tensors by key, and rank and scale by module or parameter."""
     tensors: dict[str, np.ndarray] = {}
     ranks: dict[str, int] = {}
     scales: dict[str, float] = {}
-    for path, pair in adapter.items():
-        a, b = (np.asarray(x, np.float32) for x in (pair.a, pair.b))
-        for module, slot in by_path[path]:
-            if (pair.lead, pair.layout) != (slot.lead, slot.layout):
-                raise InputError(
-                    f"the adapter's update of '{path}' is for a kernel "
-                    f"{(*pair.lead, *pair.layout.shape)}, the model's is "
-                    f"{(*slot.lead, *slot.layout.shape)}. Save it with the model it was made for."
-                )
-            module_a, module_b = (a, b) if slot.layer is None else (a[slot.layer], b[slot.layer])
-            parts = {"a": module_a, "b": module_b}
-            if pair.magnitude is not None:
-                m = np.asarray(pair.magnitude, np.float32)
-                parts["magnitude"] = m if slot.layer is None else m[slot.layer]
-            if not all(np.isfinite(x).all() for x in parts.values()):
-                raise InputError(
-                    f"the adapter's update of '{module}' has values that are not finite: expected "
-                    "finite ones, training diverged. Nothing was written; go back to a checkpoint "
-                    "and lower the learning rate."
-                )
-            rank = used_rank(module_a, module_b)
-            if rank == 0 and pair.magnitude is None:
-                continue
-            rank = max(rank, 1)
-            parts |= {"a": module_a[..., :rank, :], "b": module_b[..., :rank]}
-            for factor, x in parts.items():
-                x = x.T if slot.embedding else x
-                tensors[_key(module, slot, factor)] = np.ascontiguousarray(x)
-            ranks[module], scales[module] = rank, pair.scale
+    inside = {module for parameter in bare for module in parameter.modules}
+    for module, update in updates.items():
+        if module not in inside:
+            tensors |= encode(module, slots[module], update)
+            ranks[module], scales[module] = update.rank, update.scale
+    adapted = {p.name: p for p in bare if not updates.keys().isdisjoint(p.modules)}
+    for name, stem in find_stems(adapted).items():
+        found, ranks[name], scales[name] = join(stem, adapted[name], slots, updates)
+        tensors |= found
     return tensors, ranks, scales
 
 
-def _stack(
-    config: PeftConfig,
-    tensors: Mapping[str, np.ndarray],
-    modules: Mapping[tuple[int, ...] | None, str],
-    slot: _Slot,
-) -> LoraPair:
-    """The update of one leaf: its layers padded to the largest rank, under one scale."""
-    scales = {m: config.scale_of(m) for m in modules.values()}
-    scale = max(scales.values(), key=abs)
-    rank = max(config.rank_of(m) for m in modules.values())
-    a = np.zeros((*slot.lead, rank, slot.layout.cols), np.float32)
-    b = np.zeros((*slot.lead, slot.layout.rows, rank), np.float32)
-    for layer, module in modules.items():
-        index = layer or ()
-        own_a, own_b = (tensors[_key(module, slot, f)] for f in "ab")
-        if slot.embedding:
-            own_a, own_b = own_a.T, own_b.T
-        own_rank = own_a.shape[-2]
-        folded = own_b if scales[module] == scale else own_b * np.float64(scales[module] / scale)
-        a[(*index, ..., slice(own_rank), slice(None))] = own_a
-        b[(*index, ..., slice(own_rank))] = folded
-    return LoraPair(
-        a=jnp.asarray(a),
-        b=jnp.asarray(b),
-        layout=slot.layout,
-        scale=float(scale),
-        dropout=config.dropout,
-    )
-
-
-def _without_copies(
-    path: Path, config: PeftConfig, tensors: dict[str, np.ndarray], model: Model | Targets
-) -> dict[str, np.ndarray]:
-    """The tensors without those that PEFT saves twice, or beside an embedding's update.
-
-    Raises:
-        InputError: they are not what they should be copies of.
-    """
-    if not isinstance(model, Model):
-        return tensors
-    tensors = dict(tensors)
-    embedding = f"{PREFIX}model.embed_tokens"
-    leaf = model.params["embed_tokens"]["embedding"]
-    for key in (f"{embedding}.base_layer.weight", f"{PREFIX}lm_head.base_layer.weight"):
-        if key in tensors and f"{embedding}.lora_embedding_A" in tensors:
-            found = tensors.pop(key)
-            # a quantized embedding, or one of shapes alone, has no values to be equal to
-            dense = isinstance(leaf, jax.Array | np.ndarray)
-            same = found.shape == tuple(leaf.shape)
-            if not same or dense and not np.array_equal(found, np.asarray(leaf, np.float32)):
-                raise InputError(
-                    f"the adapter at {path} carries an embedding {found.shape} that is not the "
-                    f"model's {tuple(leaf.shape)}: expected the model that it was trained on. "
-                    "Merge it with PEFT if its vocabulary was resized."
-                )
-    if model.config.tied and f"{embedding}.lora_embedding_A" in tensors:
-        if not config.tied:
+def _target_parameters(
+    path: Path, config: PeftConfig, model: Model | Targets, slots: Mapping[str, Slot]
+) -> dict[str, Parameter]:
+    """The parameters that a configuration names, by what their keys start with."""
+    if not config.target_parameters:
+        return {}
+    known: list[Parameter] = []
+    if isinstance(model, Model):
+        known = [*bare_parameters(slots), *weight_parameters(slots)]
+    for name in config.target_parameters:
+        if not any(config.is_target_parameter(p.name, (name,)) for p in known):
             raise InputError(
-                f"the adapter at {path} changes the tied embedding without ensure_weight_tying: "
-                "expected embedding and output head to change together, as they are one weight "
-                "here. Train it with ensure_weight_tying=True."
+                f"the adapter at {path} has target_parameters '{name}', which is no parameter of "
+                f"the model that can have an update: expected the end of one of "
+                f"{some(p.name for p in known)}. Load it on the model it was trained on."
             )
-        for factor, copy in _TIED.items():
-            own = tensors[f"{embedding}{_EMBEDDING_SUFFIXES[factor]}"]
-            if copy in tensors and not np.array_equal(tensors.pop(copy), own.T):
-                raise InputError(
-                    f"the adapter at {path} has different updates of embedding and output head, "
-                    "which are one weight in this model. Merge it with PEFT."
-                )
-    return tensors
+    if config.dora:
+        raise InputError(
+            f"the adapter at {path} has target_parameters and use_dora: expected one of the two, "
+            "PEFT has no DoRA for parameters. Its configuration was changed."
+        )
+    found = {p.name: p for p in known if config.is_target_parameter(p.name)}
+    return {stem: found[name] for name, stem in find_stems(found).items()}
 
 
 def _check_fit(
     path: Path,
     config: PeftConfig,
     tensors: Mapping[str, np.ndarray],
-    slots: Mapping[str, _Slot],
-    targets: Iterable[str],
-    whole: Mapping[str, Whole],
+    want: Mapping[str, tuple[int, ...]],
+    slots: Mapping[str, Slot],
 ) -> None:
     """Every tensor used, every target filled, every shape right."""
-    want: dict[str, tuple[int, ...]] = {key: entry.shape for key, entry in whole.items()}
-    for module in targets:
-        slot = slots[module]
-        lead = slot.lead if slot.layer is None else ()
-        rank = config.rank_of(module)
-        a, b = (*lead, rank, slot.layout.cols), (*lead, slot.layout.rows, rank)
-        want[_key(module, slot, "a")] = a[::-1] if slot.embedding else a
-        want[_key(module, slot, "b")] = b[::-1] if slot.embedding else b
-        if config.dora and slot.embedding:
-            raise InputError(
-                f"the adapter at {path} is a DoRA adapter of the embedding '{module}': PEFT scales "
-                "its columns, here DoRA scales rows. Merge it with PEFT."
-            )
-        if config.dora:
-            want[_key(module, slot, "magnitude")] = (*lead, slot.layout.rows)
     missing = [k for k in want if k not in tensors]
     unused = [k for k in tensors if k not in want]
     shapes = [
@@ -421,7 +270,7 @@ def _check_fit(
     ]
     if missing or unused or shapes:
         lines = [
-            f"{title} ({len(items)}): {_some(items)}"
+            f"{title} ({len(items)}): {some(items)}"
             for title, items in (
                 ("missing", missing),
                 ("not in the model or not a target", unused),
@@ -437,25 +286,25 @@ def _check_fit(
     if not want:
         raise InputError(
             f"the adapter at {path} has no target in the model: target_modules "
-            f"{config.target_modules!r} match none of {_some(slots)}."
+            f"{config.target_modules!r} match none of {some(slots)}."
         )
     bad = [k for k, x in tensors.items() if not np.isfinite(x).all()]
     if bad:
         raise InputError(
-            f"{path / WEIGHTS_NAME}: {_some(bad)} have values that are not finite. Train again, "
+            f"{path / WEIGHTS_NAME}: {some(bad)} have values that are not finite. Train again, "
             "with a lower learning rate."
         )
 
 
-def _some(items: Iterable[str]) -> str:
-    items = list(items)
-    return ", ".join(items[:6]) + (f", ... ({len(items)} in all)" if len(items) > 6 else "")
+def _check_once(path: Path, twice: Iterable[str]) -> None:
+    if twice := sorted(twice):
+        raise InputError(f"the adapter at {path} has two updates of {some(twice)}: expected one.")
 
 
 def _check_finite(tensors: Mapping[str, np.ndarray]) -> None:
     bad = [k.removeprefix(PREFIX) for k, x in tensors.items() if not np.isfinite(x).all()]
     if bad:
         raise InputError(
-            f"the trained weights of {_some(bad)} have values that are not finite: training "
+            f"the trained weights of {some(bad)} have values that are not finite: training "
             "diverged. Nothing was written; go back to a checkpoint and lower the learning rate."
         )

@@ -22,9 +22,9 @@ CONFIG_NAME = "adapter_config.json"
 # read by `read_config`
 _HANDLED = {
     "peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern",
-    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "bias",
-    "init_lora_weights", "use_dora", "modules_to_save", "trainable_token_indices",
-    "ensure_weight_tying",
+    "target_modules", "target_parameters", "exclude_modules", "layers_to_transform",
+    "layers_pattern", "bias", "init_lora_weights", "use_dora", "modules_to_save",
+    "trainable_token_indices", "ensure_weight_tying",
 }  # fmt: skip
 # without effect on what a trained adapter computes, unless a field that is refused is set as well
 _HARMLESS = {
@@ -34,7 +34,6 @@ _HARMLESS = {
 }  # fmt: skip
 _WHY_REFUSED = {
     "lora_bias": "its updates have biases",
-    "target_parameters": "it adapts bare parameters",
     "layer_replication": "it was trained on a model with repeated layers",
 }
 # initializations that leave the base weights as they are
@@ -53,6 +52,8 @@ class PeftConfig:
         rank_pattern: Rank by pattern; the first that matches `(.*\.)?(pattern)$` wins.
         alpha_pattern: Alpha by pattern.
         target_modules: "all-linear", a regular expression, or names and dotted suffixes of names.
+        target_parameters: Names and dotted ends of names of parameters that are targets; neither
+            `exclude_modules` nor `layers` reach them.
         exclude_modules: Names that are no targets, a regular expression or a list as above.
         layers: Layer numbers that are targets, or None for all; needs a list of targets.
         layers_pattern: Names of the list of layers; any name if empty.
@@ -70,6 +71,7 @@ class PeftConfig:
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     target_modules: str | tuple[str, ...] = "all-linear"
+    target_parameters: tuple[str, ...] = ()
     exclude_modules: str | tuple[str, ...] = ()
     layers: tuple[int, ...] | None = None
     layers_pattern: tuple[str, ...] = ()
@@ -99,6 +101,15 @@ class PeftConfig:
         rank = self.rank_of(module)
         alpha = _by_pattern(self.alpha_pattern, module, self.alpha)
         return alpha / (math.sqrt(rank) if self.rslora else rank)
+
+    def is_target_parameter(self, name: str, targets: tuple[str, ...] | None = None) -> bool:
+        """Whether a parameter is adapted.
+
+        Args:
+            name: Its dotted name, e.g. "model.layers.0.mlp.experts.down_proj".
+            targets: Names to ask instead of `target_parameters`.
+        """
+        return _matches(self.target_parameters if targets is None else targets, name)
 
     def is_target(self, module: str, *, head: bool = False) -> bool:
         """Whether a linear module is adapted.
@@ -179,6 +190,7 @@ def read_config(directory: Path) -> PeftConfig:
         rank_pattern=get("rank_pattern", (dict,), {}),
         alpha_pattern=get("alpha_pattern", (dict,), {}),
         target_modules=names("target_modules"),
+        target_parameters=tuple(map(str, get("target_parameters", (list,), []))),
         exclude_modules=names("exclude_modules"),
         layers=_layers(get("layers_to_transform", (int, list), None)),
         layers_pattern=_as_tuple(names("layers_pattern")),
@@ -242,7 +254,7 @@ def _check_values(fields: dict[str, Any], path: Path) -> None:
     targets, excluded = fields["target_modules"], fields["exclude_modules"]
     if fields["bias"] not in ("none", "all", "lora_only"):
         raise InputError(f"{path}: bias is {fields['bias']!r}, expected none, all or lora_only.")
-    if not targets:
+    if not (targets or fields["target_parameters"]):
         raise InputError(
             f"{path}: target_modules is missing: expected a list of names, a regular expression or "
             "'all-linear'. Save the adapter with a current PEFT."
@@ -292,6 +304,7 @@ def make_config(
     ranks: Mapping[str, int],
     scales: Mapping[str, float],
     modules: Iterable[str],
+    parameters: Iterable[str] = (),
     *,
     dropout: float,
     **settings: Any,
@@ -299,9 +312,10 @@ def make_config(
     """The configuration under which PEFT gives each module its rank and scale.
 
     Args:
-        ranks: Rank by adapted module.
-        scales: Factor of the update by adapted module.
+        ranks: Rank by adapted module or parameter.
+        scales: Factor of the update, likewise.
         modules: Names of all linear modules of the model.
+        parameters: Names of all its parameters that are in no linear module.
         dropout: Dropout of the updates' inputs.
         **settings: Other attributes of the configuration.
 
@@ -312,7 +326,10 @@ def make_config(
     rslora = _looks_rank_stabilized(ranks, scales)
     alphas = {m: scales[m] * (math.sqrt(ranks[m]) if rslora else ranks[m]) for m in ranks}
     alphas = {m: round(a) if math.isclose(a, round(a)) else a for m, a in alphas.items()}
-    short = tuple(sorted({m.rpartition(".")[2] for m in ranks}))
+    parameters = tuple(parameters)
+    own = {p for p in parameters if p in ranks}
+    adapted = ranks.keys() - own
+    short = tuple(sorted({m.rpartition(".")[2] for m in adapted}))
     rank, rank_pattern = _defaults_and_patterns(ranks)
     alpha, alpha_pattern = _defaults_and_patterns(alphas)
     config = PeftConfig(
@@ -323,10 +340,13 @@ def make_config(
         rank_pattern=rank_pattern,
         alpha_pattern=alpha_pattern,
         target_modules=short,
+        target_parameters=tuple(sorted({".".join(p.split(".")[-3:]) for p in own})),
         **settings,
     )
-    if {m for m in modules if config.is_target(m)} != set(ranks):
-        config = replace(config, target_modules=tuple(sorted(ranks)))
+    if {m for m in modules if config.is_target(m)} != adapted:
+        config = replace(config, target_modules=tuple(sorted(adapted)))
+    if {p for p in parameters if config.is_target_parameter(p)} != own:
+        config = replace(config, target_parameters=tuple(sorted(own)))
     return config
 
 
@@ -367,6 +387,7 @@ def config_json(config: PeftConfig, *, base_model: str | None, causal_lm: bool) 
         "rank_pattern": dict(config.rank_pattern),
         "alpha_pattern": dict(config.alpha_pattern),
         "target_modules": targets if isinstance(targets, str) else list(targets),
+        "target_parameters": list(config.target_parameters) or None,
         "task_type": "CAUSAL_LM" if causal_lm else None,
         "modules_to_save": list(config.modules_to_save) or None,
         "trainable_token_indices": {m: list(i) for m, i in config.tokens.items()} or None,

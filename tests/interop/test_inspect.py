@@ -95,6 +95,14 @@ def test_adapters():
     }
     assert found["targets"]["self_attn.q_proj"] == dict.fromkeys(ranks.values(), 2)
     assert found["loads"] is True
+    found = inspect(GOLDEN / "adapters" / "mixtral_experts")
+    assert found["targets"] == {  # of one expert
+        "self_attn.q_proj": {2: 2},
+        "mlp.gate": {2: 2},
+        "mlp.experts.gate_up_proj": {2: 2},
+        "mlp.experts.down_proj": {3: 2},
+    }
+    assert found["loads"] is True and found["tensors"] == 16
 
 
 def test_what_is_no_model(tmp_path: Path):
