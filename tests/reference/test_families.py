@@ -26,7 +26,6 @@ FIXTURES = {"llama": "llama", "mistral": "mistral_sharded"} | {
 }
 EXPERTS = ("mixtral", "qwen3_moe")
 DENSE = [family for family in FAMILIES if family not in EXPERTS]
-ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
 
 def golden_model(family: str) -> Path:
@@ -38,9 +37,9 @@ def tokens() -> jax.Array:
     return jnp.asarray(np.random.default_rng(2).integers(3, 90, (2, 20), dtype=np.int32))
 
 
-def random_adapter(model: Any, tokens: jax.Array, match: Any = "all-linear") -> Any:
+def random_adapter(model: Any, tokens: jax.Array) -> Any:
     """An adapter that changes much."""
-    targets = jq.find_targets(model.apply, model.params, tokens, match=match)
+    targets = jq.find_targets(model.apply, model.params, tokens)
     fresh = jq.init_adapter(jax.random.key(3), targets, rank=2, alpha=4)
     rng = np.random.default_rng(4)
     return {
@@ -76,27 +75,14 @@ def test_a_merged_model_is_the_same_model_in_transformers(
     assert np.abs(want - np.asarray(model.apply(model.params, tokens))).max() > 0.1
 
 
-def linears(family: str) -> Any:
-    """What PEFT and this library adapt alike: with experts, the attention."""
-    return ATTENTION if family in EXPERTS else "all-linear"
-
-
-def in_peft(column: str) -> list[Any]:
-    return [
-        pytest.param(
-            f, marks=pytest.mark.proves(column, says="attention" if f in EXPERTS else "yes")
-        )
-        for f in FAMILIES
-    ]
-
-
-@pytest.mark.parametrize("family", in_peft("PEFT out"))
+@pytest.mark.proves("PEFT out")
+@pytest.mark.parametrize("family", FAMILIES)
 def test_an_adapter_made_here_is_the_same_model_in_peft(
     torch: Any, peft: Any, theirs: Any, tokens: jax.Array, tmp_path: Path, family: str
 ):
     path = golden_model(family)
     model = jq.load_model(path, quantization=None, dtype="float32")
-    adapter = random_adapter(model, tokens, linears(family))
+    adapter = random_adapter(model, tokens)
     jq.save_adapter(tmp_path / "a", adapter, model)
     base = logits_of(torch, theirs(path), tokens)
     want = logits_of(torch, load_in_peft(peft, theirs(path), tmp_path / "a"), tokens)
@@ -105,7 +91,8 @@ def test_an_adapter_made_here_is_the_same_model_in_peft(
     assert np.abs(want - base).max() > 0.1  # the adapter does something
 
 
-@pytest.mark.parametrize("family", in_peft("PEFT in"))
+@pytest.mark.proves("PEFT in")
+@pytest.mark.parametrize("family", FAMILIES)
 def test_an_adapter_made_by_peft_is_the_same_model_here(
     torch: Any, peft: Any, theirs: Any, tokens: jax.Array, tmp_path: Path, family: str
 ):
@@ -114,7 +101,7 @@ def test_an_adapter_made_by_peft_is_the_same_model_here(
     base = theirs(path)
     without = logits_of(torch, base, tokens)
     config = peft.LoraConfig(
-        r=3, lora_alpha=6, target_modules=linears(family), init_lora_weights=False,
+        r=3, lora_alpha=6, target_modules="all-linear", init_lora_weights=False,
         task_type="CAUSAL_LM",
     )  # fmt: skip
     adapted = peft.get_peft_model(base, config)

@@ -55,14 +55,18 @@ def logits_of(torch: Any, model: Any, tokens: jax.Array) -> np.ndarray:
 
 
 def load_in_peft(peft: Any, base: Any, path: Path) -> Any:
-    """Loads an adapter; a key that is missing or unused fails, where PEFT only warns."""
+    """Loads an adapter; a key that is missing or unused fails, where PEFT only warns.
+
+    Of a parameter's own rank peft 0.21 warns that it was ignored, and uses it all the same.
+    """
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         model = peft.PeftModel.from_pretrained(base, path)
-    assert not [str(w.message) for w in caught if "key" in str(w.message)]
+    messages = [str(w.message) for w in caught]
+    assert not [m for m in messages if "key" in m and "_pattern keys did not match" not in m]
     names = {name for name, _ in model.named_modules() if name.endswith("lora_A.default")}
-    written = json.loads((path / "adapter_config.json").read_text())["target_modules"]
-    assert names and written
+    written = json.loads((path / "adapter_config.json").read_text())
+    assert names and (written["target_modules"] or written["target_parameters"])
     return model
 
 

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Convolutions and experts: an adapter here is the same adapter in PEFT, both ways."""
 
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,8 @@ from safetensors.numpy import load_file, save_file
 import jax_qlora as jq
 from tests.helpers import GOLDEN
 from tests.lift.cases import random_adapter
+
+from .test_peft import load_in_peft
 
 pytestmark = [pytest.mark.reference, pytest.mark.filterwarnings("ignore")]
 
@@ -96,28 +97,13 @@ def test_convolutions_are_those_of_peft(torch: Any, peft: Any, tmp_path: Path, d
     # changed here, and back
     adapter = jax.tree.map(lambda x: 1.5 * x, adapter)
     jq.save_adapter(tmp_path / "ours", adapter, targets, names=names)
-    back = load_strictly(peft, torch_net(torch), tmp_path / "ours")
+    back = load_in_peft(peft, torch_net(torch), tmp_path / "ours")
     with torch.no_grad():
         found = back(ids).numpy()
     np.testing.assert_allclose(
         jax.jit(jq.lift(apply))(jq.attach(params, adapter), x), found, atol=2e-5
     )
     assert np.abs(found - want).max() > 0.01
-
-
-def load_strictly(peft: Any, base: Any, path: Path) -> Any:
-    """Loads an adapter; a key that is missing or unused fails, where PEFT only warns.
-
-    Of a parameter's own rank peft 0.21 warns that it was ignored, and uses it all the same.
-    """
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        model = peft.PeftModel.from_pretrained(base, path)
-    messages = [str(w.message) for w in caught]
-    assert not [
-        m for m in messages if "adapter keys" in m or "not match" in m and "_pattern" not in m
-    ]
-    return model.eval()
 
 
 # --- experts -------------------------------------------------------------------------------------
@@ -169,7 +155,7 @@ def test_an_adapter_on_experts_is_the_same_model_in_peft(
     jq.save_adapter(tmp_path / "a", adapter, model)
     base = theirs(GOLDEN / "models" / family)
     plain = theirs_on(torch, base)
-    want = theirs_on(torch, load_strictly(peft, base, tmp_path / "a"))
+    want = theirs_on(torch, load_in_peft(peft, base, tmp_path / "a"))
     np.testing.assert_allclose(ours_on(model, adapter), want, atol=5e-4)
     assert np.abs(want - plain).max() > 0.1
 
@@ -196,7 +182,7 @@ def test_an_adapter_of_peft_on_experts_is_the_same_model_here(
     np.testing.assert_allclose(ours_on(model, adapter), want, atol=5e-4)
     # saved here, it loads in PEFT again
     jq.save_adapter(tmp_path / "ours", adapter, model)
-    again = load_strictly(peft, theirs(GOLDEN / "models" / family), tmp_path / "ours")
+    again = load_in_peft(peft, theirs(GOLDEN / "models" / family), tmp_path / "ours")
     np.testing.assert_allclose(theirs_on(torch, again), want, atol=5e-4)
 
 
@@ -214,7 +200,7 @@ def test_the_names_of_transformers_4_are_what_peft_takes_them_for(
     text = text.replace('"use_dora": true', '"use_dora": false')
     (tmp_path / "a" / "adapter_config.json").write_text(text)
     back = jq.load_adapter(tmp_path / "a", model)
-    want = theirs_on(torch, load_strictly(peft, theirs(GOLDEN / "models" / family), tmp_path / "a"))
+    want = theirs_on(torch, load_in_peft(peft, theirs(GOLDEN / "models" / family), tmp_path / "a"))
     np.testing.assert_allclose(ours_on(model, back), want, atol=5e-4)
     np.testing.assert_allclose(ours_on(model, adapter), want, atol=5e-4)
     assert np.abs(want - theirs_on(torch, theirs(GOLDEN / "models" / family))).max() > 0.1
