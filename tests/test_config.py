@@ -67,15 +67,20 @@ def test_an_integer_is_a_number_and_a_list_becomes_a_tuple():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[lora]\nrnak = 4", r"run.toml'.*unknown key 'lora.rnak'. Did you mean 'rank'\?"),
+        ("[lora]\nrnak = 4", r"run.toml'.*unknown key 'lora.rnak'. Did you mean 'lora.rank'\?"),
         ("[lroa]\nrank = 4", r"unknown key 'lroa'. Did you mean 'lora'\?"),
-        ("learning_rate = 1e-3", r"unknown key 'learning_rate'. Did you mean 'learning_rate'\?"),
+        ("learning_rate = 1e-3", r"key 'learning_rate'. Did you mean 'optim.learning_rate'\?"),
         ('[lora]\nrank = "8"', r"run.toml': lora.rank: expected an integer, found \"8\""),
         ("[lora]\nrank = true", r"lora.rank: expected an integer, found true"),
         ("[lora]\nrank = 0", r"lora.rank: expected a number at least 1, found 0"),
         ("[lora]\ndropout = 1.5", r"lora.dropout: expected a number at least 0 and at most 0.999"),
         ("[lora]\nrslora = 1", r"lora.rslora: expected true or false, found 1"),
         ("[lora]\ntargets = 3", r"lora.targets: expected a string or a list of strings, found 3"),
+        ("[lora]\ntrainable_token_indices = 3", r"indices: expected a list of integers, found 3"),
+        ("[lora]\ntrainable_token_indices = [-1]", r"indices: expected a number at least 0, found"),
+        ("[lora]\ntrainable_token_indices = [3, 3]", r"indices: expected each once, found 3 twice"),
+        ('[data]\nnew_tokens = [""]', r"data.new_tokens: expected tokens, found an empty text"),
+        ('method = "full"\n[lora]\nbias = "all"', r"lora.bias: expected method \"qlora\" or"),
         ("[lora]\ntargets = [3]", r"lora.targets: expected a string or a list of strings"),
         ("[lora]\nrank_pattern = 3", r"lora.rank_pattern: expected a table of names to numbers"),
         ("[lora.rank_pattern]\nv = 0", r"lora.rank_pattern.v: expected a number at least 1"),
@@ -95,9 +100,26 @@ def test_bad_settings_are_named(tmp_path, text, message):
         load_config(write(tmp_path, text))
 
 
+def test_all_that_is_wrong_is_said_at_once(tmp_path):
+    text = '[lora]\nrnak = 4\nalpha = 0\n[train]\nsteps = "ten"\n[eval]\nevery = 0\n'
+    with pytest.raises(InputError) as raised:
+        load_config(write(tmp_path, text))
+    first, *rest = str(raised.value).splitlines()
+    assert first.endswith("run.toml': 4 settings are wrong:")
+    assert [line.split(":")[0] for line in rest] == [
+        "  unknown key 'lora.rnak'. Did you mean 'lora.rank'? Known here",
+        "  lora.alpha",
+        "  train.steps",
+        "  eval.every",
+    ]
+
+
 def test_missing_file(tmp_path):
     with pytest.raises(InputError, match="No settings file at '.*absent.toml'"):
         load_config(tmp_path / "absent.toml")
+    write(tmp_path, "")
+    with pytest.raises(InputError, match="No settings file at '.*run'. Did you mean '.*run.toml'"):
+        load_config(tmp_path / "run")
     with pytest.raises(InputError, match="No settings file"):
         load_config(tmp_path)
 

@@ -21,6 +21,7 @@ from jax_qlora.config import from_table, to_toml
 from jax_qlora.errors import InputError
 from jax_qlora.interop.peft import load_adapter
 from jax_qlora.interop.peft_config import read_config
+from jax_qlora.interop.peft_select import Beside, select_beside
 from jax_qlora.optim import make_paging
 from jax_qlora.report import Display
 from jax_qlora.train import init_state, recipe, train
@@ -60,6 +61,10 @@ def settings(output: Path, method: str, **lora: Any) -> Any:
         {"lora": {"dora": True}},
         {"quant": {"embeddings": True}},
         {"quant": {"streamed": True, "double_quant": False}},
+        {
+            "lora": {"modules_to_save": ["norm", "o_proj", "lm_head"]},
+            "data": {"new_tokens": ["<x>"]},
+        },
         {"optim": {"state": "8bit"}, "train": {"accumulate": 2, "compute_dtype": "float16"}},
     ],
     ids=str,
@@ -70,12 +75,15 @@ def test_what_is_compiled_before_weights_are_read_is_what_a_run_has(tmp_path, ch
     for key, value in change.items():
         table[key] = table[key] | value if isinstance(value, dict) else value
     config = from_table(table)
-    decoder, tokenizer = read_description(config.model)
+    decoder, tokenizer, numbers = read_description(config.model, config.data.new_tokens)
     data = load_data(config, tokenizer, context=decoder.max_length)
-    shapes = run_shapes(config, decoder, data, make_paging("device"))
+    shapes = run_shapes(config, decoder, data, make_paging("device"), numbers)
+    targets, beside = None, Beside()
+    if config.method != "full":
+        targets = find_decoder_targets(decoder, config)
+        beside = select_beside(config.lora, decoder, targets, new_tokens=numbers)
     with Display(Console(file=io.StringIO())) as show:
-        targets = None if config.method == "full" else find_decoder_targets(decoder, config)
-        model, trainable, frozen = recipe.load(config, targets, show)
+        model, trainable, frozen = recipe.load(config, targets, show, beside)
     optimizer, _ = make_optimizer(config.optim, config.train.steps)
     state = init_state(trainable, optimizer, half=model.compute_dtype == jnp.float16)
     batch = data.batch(0, length=data.longest)

@@ -10,7 +10,7 @@ from tyro.conf import Positional
 
 from ..errors import InputError
 from .arguments import parse
-from .loading import Source, complete, load, load_adapter_alone, require_quantization
+from .loading import Source, complete, describe, load, load_adapter_alone, require_quantization
 from .merge import merge
 from .settings import ensure_downloaded
 from .writing import check_logits, progress, report, updates_note
@@ -83,7 +83,9 @@ def _export_adapter(name: str, adapter_path: str, arguments: Arguments) -> None:
     from ..interop.peft import save_adapter
 
     check_directory(arguments.output, overwrite=arguments.overwrite)
-    written = save_adapter(arguments.output, adapter, model, base_model=name)
+    written = save_adapter(
+        arguments.output, adapter, model, base_model=name, tokenizer=model.tokenizer
+    )
     figures = {"output": arguments.output, "modules": written.modules, "b_norm": written.b_norm}
     text = f"Wrote '{arguments.output}': {written.modules} modules, norm of B {written.b_norm:.3g}."
     print(json.dumps(figures) if arguments.json else text)
@@ -140,16 +142,13 @@ def _export_gguf(
     from ..interop.gguf_config import model_metadata
     from ..interop.gguf_tokenizer import tokenizer_to_gguf
     from ..interop.gguf_write import save_gguf
-    from ..interop.open import find_tokenizer, open_checkpoint
     from ..interop.output import check_file
 
     if not arguments.output.endswith(".gguf"):
         raise InputError(f"'{arguments.output}': expected the name of a .gguf file to write.")
     check_file(arguments.output, overwrite=arguments.overwrite)
-    ensure_downloaded(name)
-    path, config, *_ = open_checkpoint(name)
+    config, tokenizer, _ = describe(name, adapter_path)
     model_metadata(config)
-    tokenizer = find_tokenizer(path)
     if tokenizer is None:
         raise InputError(
             f"'{name}' has no tokenizer.json: expected one beside the weights. A GGUF file is of "

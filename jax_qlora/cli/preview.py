@@ -25,7 +25,7 @@ def run(args: Sequence[str]) -> int:
     from ..data.preview import preview
     from ..train.examples import load_data, read_description
 
-    decoder, tokenizer = read_description(config.model)
+    decoder, tokenizer, _ = read_description(config.model, config.data.new_tokens)
     data = load_data(config, tokenizer, context=decoder.max_length)
     encoded, held_out = data.train, data.held_out
     lengths = np.array([len(example) for example in encoded])

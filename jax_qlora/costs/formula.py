@@ -10,7 +10,9 @@ import functools
 import math
 
 from ..config import Config
-from ..interop.load_params import is_quantized
+from ..interop.hf import parameter_shapes
+from ..interop.load_params import EMBEDDINGS, is_quantized
+from ..interop.peft_select import Beside, select_beside
 from ..lora import Targets
 from ..lora.targets import pick_by_pattern
 from ..models import DecoderConfig, abstract_params
@@ -48,20 +50,21 @@ def estimate(decoder: DecoderConfig, config: Config, targets: Targets | None, *,
     """The bytes of a training step.
 
     Args:
-        decoder: The model's shape.
+        decoder: The model's shape, rows for `data.new_tokens` included.
         config: Settings of the run.
         targets: Adapted kernels, from `find_decoder_targets`; None where every weight trains.
         seq: Tokens of a row.
     """
     weights = _weights(decoder)
     chosen = list(targets.values()) if targets is not None else []
-    base = constants = adapter = streamed = 0
+    base = constants = adapter = streamed = replaced = 0
     if config.method == "full":
         trainable = 4 * weights
         parameters = weights
     else:
+        beside = select_beside(config.lora, decoder, (target.path for target in chosen))
         base = 2 * weights + 2 * _norms(decoder)  # norms are float32
-        for lead, rows, cols in _quantized(decoder, config):
+        for lead, rows, cols in _quantized(decoder, config, beside):
             codes, extra = (math.prod(lead) * n for n in _packed(rows, cols, config))
             base -= 2 * math.prod(lead) * rows * cols
             if config.quant.streamed and lead:
@@ -72,6 +75,8 @@ def estimate(decoder: DecoderConfig, config: Config, targets: Targets | None, *,
             rank = pick_by_pattern(target.path, config.lora.rank_pattern, config.lora.rank)
             rows, cols = target.layout.rows, target.layout.cols
             adapter += math.prod(target.lead) * rank * (rows + cols)
+        replaced, rows = _trained_beside(decoder, config, beside)
+        adapter += replaced + rows
         trainable, parameters = 4 * adapter, adapter
     each = {"float32": 8.0, "bfloat16": 4.0, "8bit": 2 + 8 / 256}[config.optim.state]
     moments = int(each * parameters)
@@ -85,7 +90,8 @@ def estimate(decoder: DecoderConfig, config: Config, targets: Targets | None, *,
         optimizer=0 if on_host else moments,
         temporaries=_temporaries(
             decoder, config, trainable, seq, fetched=streamed // decoder.n_layers
-        ),
+        )
+        + 2 * replaced,  # what takes the place of weights is cast to their dtype
         host=streamed
         + (moments if on_host else 0)
         + (inputs if config.train.remat == "offload" else 0),
@@ -107,13 +113,23 @@ def _kv(decoder: DecoderConfig) -> int:
     return decoder.n_kv_heads * decoder.head_dim
 
 
-def _quantized(decoder: DecoderConfig, config: Config) -> list[tuple[tuple[int, ...], int, int]]:
+def _trained_beside(decoder: DecoderConfig, config: Config, beside: Beside) -> tuple[int, int]:
+    """Parameters of what trains as a whole, and of the rows of tokens."""
+    shapes = parameter_shapes(decoder)
+    tables = [path for path in EMBEDDINGS if path in shapes and path not in beside.whole]
+    rows = sum(map(len, beside.tokens.values())) + len(tables) * len(config.data.new_tokens)
+    return sum(math.prod(shapes[path]) for path in beside.whole), rows * decoder.d_model
+
+
+def _quantized(
+    decoder: DecoderConfig, config: Config, beside: Beside
+) -> list[tuple[tuple[int, ...], int, int]]:
     """What is in 4 bits: leading axes, rows and columns of each."""
     if config.method != "qlora":
         return []
     embeddings, found = config.quant.embeddings, []
     for path, x in flatten_paths(abstract_params(decoder)).items():
-        if is_quantized(path, embeddings=embeddings):
+        if is_quantized(path, embeddings=embeddings) and path not in beside.whole:
             *lead, m, n = x.shape
             rows, cols = (n, m) if path.endswith("/kernel") else (m, n)
             found.append((tuple(lead), rows, cols))

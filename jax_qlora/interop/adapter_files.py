@@ -5,6 +5,7 @@ import shutil
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -42,13 +43,16 @@ def read_tensors(file: Path) -> dict[str, np.ndarray]:
     return tensors
 
 
-def write_adapter(path: Path, tensors: Mapping[str, np.ndarray], config: str) -> None:
+def write_adapter(
+    path: Path, tensors: Mapping[str, np.ndarray], config: str, tokenizer: Any = None
+) -> None:
     """Writes both files aside, reads them back, and swaps the directory in.
 
     Args:
         path: The adapter's directory. If it exists, its other files are kept.
         tensors: The weights, by name.
         config: The text of adapter_config.json.
+        tokenizer: A `transformers` tokenizer to write too, or None.
 
     Raises:
         InputError: it cannot be written; what was there is as it was.
@@ -65,6 +69,8 @@ def write_adapter(path: Path, tensors: Mapping[str, np.ndarray], config: str) ->
         aside.mkdir(parents=True)
         write_file(aside / WEIGHTS_NAME, planned, metadata={"format": "pt"})
         (aside / CONFIG_NAME).write_text(config, encoding="utf-8")
+        if tokenizer is not None:
+            tokenizer.save_pretrained(aside)
         back = read_tensors(aside / WEIGHTS_NAME)
         if back.keys() != tensors.keys() or any(
             not np.array_equal(back[name], x) for name, x in tensors.items()
@@ -84,7 +90,7 @@ def write_adapter(path: Path, tensors: Mapping[str, np.ndarray], config: str) ->
 def _keep_others(path: Path, new: Path) -> None:
     """Copies the other files of an adapter's directory, so that nothing can fail once it moves."""
     for entry in path.iterdir() if path.exists() else ():
-        if entry.name in (CONFIG_NAME, WEIGHTS_NAME):
+        if (new / entry.name).exists():
             continue
         if entry.is_dir() and not entry.is_symlink():
             shutil.copytree(entry, new / entry.name, symlinks=True)

@@ -2,7 +2,7 @@
 """load_model: a checkpoint on disk, quantized on the way, as a Model."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from ..models.cudnn_attention import check_device
 from ..quant.streaming import check_host_memory, fetch
 from ..typing import Array
 from .load_params import Encoding, check_tensors, load_params, stored_dtype
+from .new_tokens import add_rows, add_tokens
 from .open import find_tokenizer, open_checkpoint
 
 
@@ -34,6 +35,7 @@ def load_model(
     layer_chunk: int = 2048,
     streamed: bool = False,
     split: Mapping[str, Callable[[Array], Any]] | None = None,
+    new_tokens: Sequence[str] = (),
 ) -> Model:
     """Load a decoder, its linears in 4 bits.
 
@@ -58,6 +60,9 @@ def load_model(
         streamed: Keep the 4-bit kernels in host memory; each layer is fetched when it is used.
         split: For some paths of the parameter tree, what makes the parameter of the dense one, all
             its layers stacked, in place of quantizing it; `init_kernel` is such a function.
+        new_tokens: Tokens that the tokenizer lacks: added to it, with rows of the embedding and the
+            head that are the mean of the others. The vocabulary grows where it has no rows to
+            spare, so the model's `config` may differ from the checkpoint's.
 
     Returns:
         The model; `model.params` is the frozen base, and its methods take that tree, also with
@@ -66,10 +71,13 @@ def load_model(
     Raises:
         InputError: There is no such model; its files are damaged or contradict each other; its
             architecture or a setting is not implemented; a weight is not finite; the device has
-            no host memory for what is to wait there, or no cuDNN that can do the attention.
+            no host memory for what is to wait there, or no cuDNN that can do the attention; or a
+            token is there already.
     """
     check_host_memory(streamed=streamed, remat=remat)
     path, config, tensors, raw = open_checkpoint(path)
+    tokenizer = find_tokenizer(path)
+    config, numbers = add_tokens(tokenizer, new_tokens, config, where=f"'{path}'")
     dtype = _default_dtype(raw, quantization) if dtype is None else dtype
     compute = jnp.dtype(default_compute_dtype() if compute_dtype is None else compute_dtype)
     if attention == "cudnn":
@@ -87,7 +95,7 @@ def load_model(
     if quantization is not None:
         encoding = Encoding(quantization, block_size, double_quant, embeddings)
     params = load_params(
-        tensors,
+        add_rows(tensors, config, numbers),
         config,
         where=f"'{path}'",
         encoding=encoding,
@@ -100,7 +108,7 @@ def load_model(
         params=params,
         functions=functions.map(jax.jit),
         compute_dtype=compute,
-        tokenizer=find_tokenizer(path),
+        tokenizer=tokenizer,
     )
 
 

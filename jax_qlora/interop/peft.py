@@ -66,6 +66,7 @@ def save_adapter(
     *,
     base_model: str | None = None,
     names: Mapping[str, str] | None = None,
+    tokenizer: Any = None,
 ) -> SavedAdapter:
     """Writes an adapter that PEFT loads onto the same model.
 
@@ -84,6 +85,8 @@ def save_adapter(
         base_model: Name or path of the base model to note in the configuration.
         names: What the model in PEFT calls a module, by path, where that is not the path:
             `{"conv/kernel": "conv"}`. For `Targets` alone.
+        tokenizer: The model's, to be saved beside it where tokens were added to it: `tokens_beside`
+            reads them back.
 
     Returns:
         What was written.
@@ -129,7 +132,7 @@ def save_adapter(
         dropout = 0.0
     config = make_config(ranks, scales, slots, parameters, dropout=dropout, **settings)
     text = config_json(config, base_model=base_model, causal_lm=isinstance(model, Model))
-    write_adapter(path, tensors, text)
+    write_adapter(path, tensors, text, tokenizer)
     return SavedAdapter(
         path=path,
         modules=len(ranks),

@@ -49,7 +49,8 @@ def whole_tensors(config: PeftConfig, model: Model, targets: Iterable[str]) -> d
         targets: Names of the modules that have updates.
 
     Raises:
-        InputError: the adapter would train one use of a tied embedding alone.
+        InputError: the adapter would train one use of a tied embedding alone, or rows that the
+            model does not have.
     """
     targets, found = set(targets), {}
     for path in _paths(model):
@@ -69,6 +70,7 @@ def whole_tensors(config: PeftConfig, model: Model, targets: Iterable[str]) -> d
             elif kind == "weight":
                 for end, indices in config.tokens.items():
                     if module == end or module.endswith(f".{end}"):
+                        _check_rows(indices, entry.shape[0], module)
                         shape = (len(indices), entry.shape[-1])
                         found[PREFIX + module + _TOKENS] = Whole(
                             path=path, index=(), shape=shape, tokens=indices
@@ -79,6 +81,15 @@ def whole_tensors(config: PeftConfig, model: Model, targets: Iterable[str]) -> d
 def bias_key(module: str, targets: Iterable[str]) -> str:
     """PEFT's key of a trained bias: a module with an update is wrapped round its base."""
     return f"{PREFIX}{module}{'.base_layer' if module in targets else ''}.bias"
+
+
+def _check_rows(indices: tuple[int, ...], rows: int, module: str) -> None:
+    if wrong := [i for i in indices if i >= rows]:
+        raise InputError(
+            f"the adapter trains row {wrong[0]} of '{module}', which has {rows} rows: expected the "
+            "model that it was trained on. If tokens were added to that, name them when it is "
+            "loaded: load_model(..., new_tokens=[...])."
+        )
 
 
 def _check_tied(tied: bool, what: str) -> None:

@@ -272,7 +272,8 @@ def train_whole(params: PyTree, paths: Iterable[str]) -> Adapter:
     paths = tuple(paths)
     _check_paths(dict.fromkeys(paths), params)
     leaves = flatten_paths(params, is_leaf=is_special)
-    return {path: materialize(leaves[path], jnp.float32) for path in paths}
+    # a copy, also of what is float32: what trains is donated to the step, and the base stays
+    return {path: jnp.array(materialize(leaves[path], jnp.float32)) for path in paths}
 
 
 def train_tokens(params: PyTree, target: Target, indices: Sequence[int]) -> TokenRows:

@@ -224,11 +224,11 @@ def _fast_svd(key: Any, rows: Array, rank: int, iterations: int) -> tuple[Array,
     return _product(basis, b), a
 
 
-def relative_to_start(adapter: Mapping[str, LoraPair], start: Mapping[str, LoraPair]) -> Adapter:
+def relative_to_start(adapter: Mapping[str, Any], start: Mapping[str, Any]) -> Adapter:
     """The adapter of the *original* weights that one of `init_from_weights`'s base amounts to.
 
-    `base + s b a = W + s (b a - b0 a0)`: an update of twice the rank. Magnitudes stay as they are.
-    The first half of its factors are the adapter's own.
+    `base + s b a = W + s (b a - b0 a0)`: an update of twice the rank. The first half of its
+    factors are the adapter's own. Magnitudes stay as they are, and so does what trains beside.
 
     Args:
         adapter: Trained.
@@ -240,6 +240,8 @@ def relative_to_start(adapter: Mapping[str, LoraPair], start: Mapping[str, LoraP
             a=jnp.concatenate([pair.a, start[path].a], axis=-2),
             b=jnp.concatenate([pair.b, -start[path].b], axis=-1),
         )
+        if isinstance(pair, LoraPair)
+        else pair
         for path, pair in adapter.items()
     }
 

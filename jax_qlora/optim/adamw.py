@@ -61,7 +61,9 @@ def adamw(
 
     Equals `torch.optim.AdamW` with `lora_plus_ratio = 1` on a tree of matrices. With another
     ratio the leaves named `b` of LoRA pairs learn (and decay) at `lora_plus_ratio` times the rate
-    of the others, as PEFT's `create_loraplus_optimizer` does.
+    of the others, as with PEFT's `create_loraplus_optimizer`. That one also gives the rate of B to
+    all vectors (biases, norms, magnitudes), and one of its own to updates of embeddings; here these
+    learn as all others do.
 
     Args:
         learning_rate: a number or a schedule.

@@ -75,6 +75,8 @@ def fit(
     """
     decoder, name = read_decoder(model)
     config = with_settings(config, settings)
+    grown = decoder.vocab_size + len(config.data.new_tokens)  # as if it had no rows to spare
+    decoder = dataclasses.replace(decoder, vocab_size=grown)
     card = TPUS[gpu.lower()] if gpu.lower() in TPUS else find_gpu(gpu)
     if memory is not None:
         size = memory if isinstance(memory, int) else parse_memory(memory)

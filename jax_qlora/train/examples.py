@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The examples of a run as tokens, and the batch of any step as a pure function of its number."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from ..evaluate import Batch, answer_width
 from ..interop.download import resolve
 from ..interop.gguf import read_gguf
 from ..interop.hf_config import read_config
+from ..interop.new_tokens import add_tokens
 from ..interop.tokenizer import load_tokenizer
 from ..models import DecoderConfig
 
@@ -65,19 +67,29 @@ class Data:
         return {name: x.reshape(parts, rows, length) for name, x in batch.items()}
 
 
-def read_description(name: str) -> tuple[DecoderConfig, Any]:
-    """Return a model's shape and its tokenizer (None if it has none) without reading weights.
+def read_description(
+    name: str, new_tokens: Sequence[str] = ()
+) -> tuple[DecoderConfig, Any, tuple[int, ...]]:
+    """Return a model's shape, its tokenizer and the numbers of added tokens; no weights are read.
 
     Args:
         name: What `load_model` takes.
+        new_tokens: Tokens to add, as `load_model` does.
+
+    Returns:
+        The shape with a row for each added token; the tokenizer, None if the model has none; and
+        the numbers of the added tokens.
 
     Raises:
-        InputError: There is no such model, or its description is not understood.
+        InputError: There is no such model, its description is not understood, or tokens cannot be
+            added.
     """
     path = resolve(name)
     decoder = read_gguf(path)[0] if path.suffix == ".gguf" else read_config(path)[0]
     has_tokenizer = path.suffix == ".gguf" or (path / "tokenizer.json").is_file()
-    return decoder, load_tokenizer(path) if has_tokenizer else None
+    tokenizer = load_tokenizer(path) if has_tokenizer else None
+    decoder, numbers = add_tokens(tokenizer, new_tokens, decoder, where=f"'{name}'")
+    return decoder, tokenizer, numbers
 
 
 def load_data(config: Config, tokenizer: Any, *, context: int) -> Data:

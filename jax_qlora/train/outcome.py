@@ -96,7 +96,13 @@ def _export(
     from ..interop.peft import save_adapter
 
     adapter = trainable if start is None else relative_to_start(trainable, start)
-    save_adapter(run / "adapter", adapter, model, base_model=config.model)
+    save_adapter(
+        run / "adapter",
+        adapter,
+        model,
+        base_model=config.model,
+        tokenizer=model.tokenizer if config.data.new_tokens else None,
+    )
     return run / "adapter"
 
 

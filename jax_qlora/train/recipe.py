@@ -11,6 +11,7 @@ import functools
 import json
 import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from ..config import Config, check_config, run_identity, to_toml
 from ..errors import InputError
 from ..evaluate import Batch, answer_loss, assemble, held_out_batches, held_out_loss
 from ..interop.load import load_model, stored_dtypes, training_compute_dtype
+from ..interop.peft_select import Beside, select_beside
 from ..lora import Targets, summary
 from ..lora.inits import PLAIN_INITS
 from ..models import DecoderConfig, Model
@@ -98,10 +100,13 @@ def train(config: Config, *, console: Console | None = None) -> Result:
             return Result(step=total, interrupted=0, figures=figures)
         paging = make_paging(config.optim.placement)
         check_host_memory(streamed=config.quant.streamed, remat=config.train.remat)
-        decoder, tokenizer = read_description(config.model)
+        decoder, tokenizer, new_tokens = read_description(config.model, config.data.new_tokens)
         if config.train.attention == "cudnn":
             check_device(decoder, _compute_dtype(config))
         targets = find_decoder_targets(decoder, config)
+        beside = Beside()
+        if config.method != "full":
+            beside = select_beside(config.lora, decoder, targets, new_tokens=new_tokens)
         data = load_data(config, tokenizer, context=decoder.max_length)
         if config.train.attention == "cudnn" and config.train.remat in ("full", "offload"):
             longest = max(data.longest, data.longest_held_out)
@@ -110,14 +115,15 @@ def train(config: Config, *, console: Console | None = None) -> Result:
         stack.enter_context(on_shortage(memory.explain))  # from here on it can run out
 
         # Compile for the longest batch there can be, so that too little memory shows now.
-        shapes = run_shapes(config, decoder, data, paging)
+        shapes = run_shapes(config, decoder, data, paging, new_tokens)
         check_room(run, shapes.state, keep=config.train.keep_checkpoints)
         steps = CompiledSteps(shapes.step, config, show, memory)
         if checkpoint.saved_steps(saved)[-1:] != [total]:
             steps.compile(shapes.state, shapes.frozen, shapes.batch)
 
         # What trains, and what is frozen.
-        model, trainable, frozen = load(config, None if config.method == "full" else targets, show)
+        adapted = None if config.method == "full" else targets
+        model, trainable, frozen = load(config, adapted, show, beside)
         # The start is written off the adapter in the end, where it came out of the weights.
         from_weights = frozen is not None and config.lora.init not in PLAIN_INITS
         start = jax.device_get(trainable) if from_weights else None
@@ -241,7 +247,7 @@ def train(config: Config, *, console: Console | None = None) -> Result:
 
 
 def load(
-    config: Config, targets: Targets | None, show: Display
+    config: Config, targets: Targets | None, show: Display, beside: Beside
 ) -> tuple[Model, PyTree, PyTree | None]:
     """Return the model, what trains, and the frozen base.
 
@@ -249,6 +255,7 @@ def load(
         config: Settings.
         targets: Kernels to adapt; None trains every weight, and nothing is frozen.
         show: Prints the table of what is frozen and what trains.
+        beside: What else trains.
 
     Raises:
         InputError: The model cannot be read.
@@ -261,11 +268,13 @@ def load(
         streamed=config.quant.streamed,
     )
     if targets is None:
-        model = load_model(config.model, quantization=None, **options)
+        model = load_model(
+            config.model, quantization=None, new_tokens=config.data.new_tokens, **options
+        )
         show.print(summary(model.params))
         params = jax.tree.map(lambda x: x.astype(jnp.float32), model.params)
         return dataclasses.replace(model, params=None), params, None
-    model, adapter = load_start(config, targets, **options)
+    model, adapter = load_start(config, targets, beside, **options)
     show.print(summary(model.params, adapter))
     return model, adapter, model.params
 
@@ -275,7 +284,13 @@ def _compute_dtype(config: Config) -> Any:
     return jnp.dtype(training_compute_dtype() if dtype == "auto" else dtype)
 
 
-def run_shapes(config: Config, decoder: DecoderConfig, data: Data, paging: Paging) -> Run:
+def run_shapes(
+    config: Config,
+    decoder: DecoderConfig,
+    data: Data,
+    paging: Paging,
+    new_tokens: Sequence[int] = (),
+) -> Run:
     """Return the step on the longest batch as shapes, and where its arguments will live.
 
     Args:
@@ -283,6 +298,7 @@ def run_shapes(config: Config, decoder: DecoderConfig, data: Data, paging: Pagin
         decoder: The model's shape.
         data: The examples.
         paging: How the optimizer's state moves.
+        new_tokens: Numbers of the tokens that were added.
 
     Raises:
         InputError: The files of the model do not hold its weights.
@@ -296,6 +312,7 @@ def run_shapes(config: Config, decoder: DecoderConfig, data: Data, paging: Pagin
         width=data.width,
         paging=paging,
         stored=stored_dtypes(config.model, quantization=quantization),
+        new_tokens=new_tokens,
     )
     device = SingleDeviceSharding(jax.devices()[0])
     waits = config.quant.streamed or config.optim.placement == "host"

@@ -5,7 +5,7 @@ So it can be compiled before a model is read, and for a card that is not there.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +15,7 @@ from jax.typing import DTypeLike
 
 from ..config import Config
 from ..interop.load_params import is_quantized
+from ..interop.peft_select import Beside, select_beside
 from ..lift import lift
 from ..models import DecoderConfig, Model, abstract_params, decoder_functions
 from ..optim import Paging
@@ -30,12 +31,12 @@ def _is_quantized(x: Any) -> bool:
     return isinstance(x, QuantizedArray)
 
 
-def _quantized(params: PyTree, config: Config) -> PyTree:
+def _quantized(params: PyTree, config: Config, beside: Beside) -> PyTree:
     """The base with in 4 bits what a loaded model has so, whatever is adapted."""
     quant = config.quant
 
     def one(path: str, x: Any) -> Any:
-        if not is_quantized(path, embeddings=quant.embeddings):
+        if path in beside.whole or not is_quantized(path, embeddings=quant.embeddings):
             return x
         kernel = path.endswith("/kernel")
 
@@ -80,11 +81,12 @@ def abstract_run(
     width: int | None = None,
     paging: Paging | None = None,
     stored: Callable[[str], DTypeLike] | None = None,
+    new_tokens: Sequence[int] | None = None,
 ) -> Run:
     """The step that `train` would run, on shapes.
 
     Args:
-        decoder: The model's shape.
+        decoder: The model's shape, rows for `data.new_tokens` included.
         config: Settings of the run.
         seq: Tokens of a row.
         compute_dtype: Of the matmuls; float16 comes with a loss scale.
@@ -92,6 +94,7 @@ def abstract_run(
         paging: How the optimizer's state moves; absent: it stays on the device.
         stored: What a parameter is held in, by its path; absent: norms in float32, all else in
             `compute_dtype`.
+        new_tokens: Numbers of the tokens that were added; absent: the last ones.
     """
     dtype = jnp.dtype(compute_dtype)
     half = dtype == jnp.float16
@@ -118,8 +121,13 @@ def abstract_run(
         trainable = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), params)
     else:
         targets = find_decoder_targets(decoder, config)
-        frozen = _quantized(params, config) if config.method == "qlora" else params
-        trainable = jax.eval_shape(lambda base: make_adapter(config, targets, base), frozen)
+        if new_tokens is None:
+            new_tokens = range(decoder.vocab_size)[
+                decoder.vocab_size - len(config.data.new_tokens) :
+            ]
+        beside = select_beside(config.lora, decoder, targets, new_tokens=new_tokens)
+        frozen = _quantized(params, config, beside) if config.method == "qlora" else params
+        trainable = jax.eval_shape(lambda base: make_adapter(config, targets, base, beside), frozen)
     optimizer, _ = make_optimizer(config.optim, config.train.steps)
     width = seq - 1 if width is None else width
     step = make_step(model, optimizer, config, width=width, half=half, paging=paging)

@@ -13,37 +13,95 @@ import jax
 import jax.numpy as jnp
 
 from ..config import Config
+from ..errors import InputError
 from ..interop.load import load_model
+from ..interop.load_params import is_quantized
+from ..interop.peft_select import Beside, select_modules
 from ..lift import find_targets, lift
-from ..lora import Adapter, Targets, add_magnitudes, init_adapter
+from ..lora import (
+    Adapter,
+    LoraPair,
+    Targets,
+    add_magnitudes,
+    init_adapter,
+    train_tokens,
+    train_whole,
+)
 from ..lora.inits import PLAIN_INITS, init_kernel
 from ..models import DecoderConfig, Model, abstract_params, decoder_functions
 from ..typing import Array, PyTree
 
+_NOTHING = Beside()
+
 
 def find_decoder_targets(decoder: DecoderConfig, config: Config) -> Targets:
-    """Return the kernels that `config.lora.targets` names in a decoder of this shape."""
+    """Return the kernels that have updates in a decoder of this shape.
+
+    Those that `config.lora.targets` names, without the modules that train as a whole, as in PEFT.
+
+    Args:
+        decoder: The model's shape.
+        config: Settings.
+
+    Raises:
+        InputError: A name matches nothing, nothing is left, or a target cannot be adapted so.
+    """
+    lora, names = config.lora, config.lora.targets
+    if decoder.tied and not isinstance(names, str) and "lm_head" in names:
+        raise InputError(
+            "lora.targets: expected names of this model's weights, found 'lm_head': its output "
+            "head is the embedding. Name embed_tokens, whose update acts in both uses."
+        )
     functions = decoder_functions(decoder).map(lift)
     tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
-    return find_targets(
-        functions.apply, abstract_params(decoder), tokens, match=config.lora.targets
-    )
+    targets = find_targets(functions.apply, abstract_params(decoder), tokens, match=names)
+    whole = select_modules(lora, decoder)
+    left = tuple(target for target in targets.selected if target.path not in whole)
+    if not left:
+        raise InputError(
+            "lora.modules_to_save: expected some of lora.targets to keep their updates, found that "
+            'all train as a whole. Name fewer, or set method = "full".'
+        )
+    for target in left:
+        module = target.path.rpartition("/")[0]
+        if lora.dora and target.kind == "embedding":
+            raise InputError(
+                f"lora.dora: expected linears, found '{module}' among lora.targets: PEFT scales an "
+                "embedding's columns, and DoRA here scales rows. Leave it out of the targets."
+            )
+        if lora.init == "loftq" and not _in_four_bits(config, target.path):
+            raise InputError(
+                f"lora.init: expected targets in 4 bits, which LoftQ makes up for, found '{module}'"
+                ". Leave it out of lora.targets, or set quant.embeddings = true."
+            )
+    return Targets(left, targets.found)
 
 
-def make_adapter(config: Config, targets: Targets, base: PyTree) -> Adapter:
+def make_adapter(
+    config: Config, targets: Targets, base: PyTree, beside: Beside = _NOTHING
+) -> Adapter:
     """Return an adapter of the shapes that `config` describes, for `base`.
 
     Values are those of a run unless its initialization takes them from the weights.
+
+    Args:
+        config: Settings.
+        targets: Kernels to adapt.
+        base: The frozen base.
+        beside: What else trains.
     """
-    return _with_magnitudes(config, _fresh(config, targets), base)
+    return _complete(config, _fresh(config, targets), targets, base, beside)
 
 
-def load_start(config: Config, targets: Targets, **options: Any) -> tuple[Model, Adapter]:
+def load_start(
+    config: Config, targets: Targets, beside: Beside = _NOTHING, **options: Any
+) -> tuple[Model, Adapter]:
     """Read the model of a run; return it with its frozen base, and the adapter to train.
 
     Args:
         config: Settings.
         targets: Kernels to adapt.
+        beside: What else trains; where it trains as a whole, it starts dense and is held so.
         **options: Other arguments of `load_model`.
 
     Raises:
@@ -57,20 +115,28 @@ def load_start(config: Config, targets: Targets, **options: Any) -> tuple[Model,
 
     def split(path: str, kernel: Array) -> Any:
         leaf, started[path] = init_kernel(
-            path, kernel, adapter[path], config.lora.init, format=quantization, **encoding
+            path,
+            kernel,
+            adapter[path],
+            config.lora.init,
+            format=quantization if _in_four_bits(config, path) else None,
+            **encoding,
         )
         return leaf
 
-    from_weights = config.lora.init not in PLAIN_INITS
+    own: dict[str, Any] = {path: _as_it_is for path in beside.whole if _in_four_bits(config, path)}
+    if config.lora.init not in PLAIN_INITS:
+        own |= {path: functools.partial(split, path) for path in adapter}
     model = load_model(
         config.model,
         quantization=quantization,
-        split={p: functools.partial(split, p) for p in adapter} if from_weights else None,
+        split=own,
         embeddings=config.quant.embeddings,
+        new_tokens=config.data.new_tokens,
         **encoding,
         **options,
     )
-    return model, _with_magnitudes(config, adapter | started, model.params)
+    return model, _complete(config, adapter | started, targets, model.params, beside)
 
 
 def undo_relative(adapter: Adapter) -> Adapter:
@@ -81,8 +147,18 @@ def undo_relative(adapter: Adapter) -> Adapter:
     """
     return {
         path: replace(pair, a=pair.a[..., : pair.rank // 2, :], b=pair.b[..., : pair.rank // 2])
+        if isinstance(pair, LoraPair)
+        else pair
         for path, pair in adapter.items()
     }
+
+
+def _in_four_bits(config: Config, path: str) -> bool:
+    return config.method == "qlora" and is_quantized(path, embeddings=config.quant.embeddings)
+
+
+def _as_it_is(kernel: Array) -> Array:
+    return kernel
 
 
 def _fresh(config: Config, targets: Targets) -> Adapter:
@@ -100,5 +176,12 @@ def _fresh(config: Config, targets: Targets) -> Adapter:
     )
 
 
-def _with_magnitudes(config: Config, adapter: Adapter, base: PyTree) -> Adapter:
-    return add_magnitudes(base, adapter) if config.lora.dora else adapter
+def _complete(
+    config: Config, adapter: Adapter, targets: Targets, base: PyTree, beside: Beside
+) -> Adapter:
+    """The updates with their magnitudes, if they have any, and what trains beside them."""
+    if config.lora.dora:
+        adapter = add_magnitudes(base, adapter)
+    found = {target.path: target for target in targets.found}
+    rows = {path: train_tokens(base, found[path], rows) for path, rows in beside.tokens.items()}
+    return adapter | train_whole(base, beside.whole) | rows

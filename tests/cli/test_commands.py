@@ -267,6 +267,18 @@ def test_a_run_with_a_base_of_its_own_keeps_it(pissa):
         complete(Source(run=pissa, quantization="fp4"))
 
 
+def test_a_base_of_its_own_goes_with_its_own_adapter(pissa, tmp_path):
+    """On another copy of the model too; with another adapter only where the base is dense."""
+    given = f"{pissa}/../pissa/adapter"
+    assert "start" in complete(Source(run=pissa, adapter=given))[2]
+    settings = complete(Source(run=pissa, model="elsewhere"))[2]
+    assert settings["start"].model == "elsewhere"
+    with pytest.raises(jq.InputError, match="--adapter .*expected the adapter that was trained on"):
+        complete(Source(run=pissa, adapter=str(tmp_path)))
+    dense = complete(Source(run=pissa, adapter=str(tmp_path), quantization="none"))
+    assert dense[1] == str(tmp_path) and "start" not in dense[2]
+
+
 def test_a_run_with_a_base_of_its_own_is_not_compared(pissa, tmp_path, capsys):
     assert main(["generate", "--run", pissa, "--compare", f"x={tmp_path}", "hi"]) == 2
     assert "its 4-bit base is its own: expected a base that all" in capsys.readouterr().err

@@ -37,6 +37,8 @@ def test_lists_and_tables():
     assert read("--lora.targets", "q_proj", "v_proj").lora.targets == ("q_proj", "v_proj")
     assert read("--lora.targets", "all-linear").lora.targets == "all-linear"
     assert read("--lora.rank_pattern", "v_proj", "8").lora.rank_pattern == {"v_proj": 8}
+    assert read("--data.new_tokens", "<tool>", "</tool>").data.new_tokens == ("<tool>", "</tool>")
+    assert read("--lora.trainable_token_indices", "5", "7").lora.trainable_token_indices == (5, 7)
     assert read("--data.eval_source", "held.jsonl").data.eval_source == "held.jsonl"
 
 
@@ -46,7 +48,7 @@ def test_every_setting_can_be_given_on_the_command_line():
 
     args = []
     for key, value in flat_settings(Config()).items():
-        if value not in (None, {}):
+        if value not in (None, {}, ()):
             args += [f"--{key}", str(value)]
     assert read(*args) == Config()
 
@@ -59,6 +61,7 @@ def test_every_setting_can_be_given_on_the_command_line():
         (["--method", "qlra"], "qlora"),
         (["--lora.rslora", "maybe"], "--lora.rslora"),
         (["extra.toml2", "again"], "No settings file"),
+        (["--lora.rank", "8", "run.toml"], "'run.toml': expected one settings file, before all"),
     ],
 )
 def test_bad_options_are_named(args, message, capsys):
