@@ -118,7 +118,6 @@ def save_adapter(
     if isinstance(model, Model):
         rest = {p: x for p, x in adapter.items() if p not in pairs}
         whole, more = write_whole(rest, model, updates)
-        _check_finite(whole)
         tensors, settings = tensors | whole, settings | more
         settings["tied"] = add_copies(tensors, model) or settings.get("tied", False)
     elif len(pairs) < len(adapter):
@@ -302,12 +301,3 @@ def _check_fit(
 def _check_once(path: Path, twice: Iterable[str]) -> None:
     if twice := sorted(twice):
         raise InputError(f"the adapter at {path} has two updates of {some(twice)}: expected one.")
-
-
-def _check_finite(tensors: Mapping[str, np.ndarray]) -> None:
-    bad = [k.removeprefix(PREFIX) for k, x in tensors.items() if not np.isfinite(x).all()]
-    if bad:
-        raise InputError(
-            f"the trained weights of {some(bad)} have values that are not finite: training "
-            "diverged. Nothing was written; go back to a checkpoint and lower the learning rate."
-        )

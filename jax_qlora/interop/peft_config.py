@@ -9,6 +9,7 @@ an error, never ignored.
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -360,8 +361,8 @@ def _looks_rank_stabilized(ranks: Mapping[str, int], scales: Mapping[str, float]
 
 
 def _defaults_and_patterns(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-    counts = list(values.values())
-    default = max(counts, key=lambda v: (counts.count(v), v))
+    counts = Counter(values.values())
+    default = max(counts, key=lambda v: (counts[v], v))
     differing = {m: v for m, v in values.items() if v != default}
     # by the module's last two names, if that says the same of all modules so named
     suffixes = {re.escape(".".join(m.split(".")[-2:])): v for m, v in differing.items()}

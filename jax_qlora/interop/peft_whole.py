@@ -167,7 +167,8 @@ def write_whole(
         targets: Names of the modules that have updates.
 
     Raises:
-        InputError: PEFT has no way to say it: a part of a module's weights, or some biases.
+        InputError: PEFT has no way to say it: a part of a module's weights, or some biases; or
+            values are not finite.
     """
     targets = set(targets)
     tensors: dict[str, np.ndarray] = {}
@@ -219,6 +220,12 @@ def write_whole(
         settings["bias"] = "lora_only" if others else "all"
     if model.config.tied and "model.embed_tokens" in modules:
         settings["tied"] = True
+    if bad := [k.removeprefix(PREFIX) for k, x in tensors.items() if not np.isfinite(x).all()]:
+        raise InputError(
+            f"the trained weights of {', '.join(bad[:6])} have values that are not finite: "
+            "training diverged. Nothing was written; go back to a checkpoint and lower the "
+            "learning rate."
+        )
     return tensors, settings
 
 
