@@ -69,6 +69,14 @@ CASES = [
             "remat": "offload",
         },
     ),
+    ("Mixtral 8x7B on 48 GB", "mixtral-8x7b", "a6000", {}),
+    (
+        "Mixtral 8x7B, 4096 tokens",
+        "mixtral-8x7b",
+        "a6000",
+        {"seq": 4096, "remat": "offload", "placement": "host"},
+    ),
+    ("30B of 128 experts, 2048 tokens", "qwen3-30b-a3b", "rtx4090", {"seq": 2048}),
     (
         "8B, 2 x 2048 tokens",
         "llama-3.1-8b",

@@ -13,9 +13,10 @@ from ..config import Config
 from ..interop.hf import parameter_shapes
 from ..interop.load_params import EMBEDDINGS, is_quantized
 from ..interop.peft_select import Beside, select_beside
-from ..lora import Targets
+from ..lora import Target, Targets
 from ..lora.targets import pick_by_pattern
 from ..models import DecoderConfig, abstract_params
+from ..models.experts import block_sizes
 from ..models.layer import MLP_TOKENS
 from ..tree import flatten_paths
 
@@ -89,7 +90,11 @@ def estimate(decoder: DecoderConfig, config: Config, targets: Targets | None, *,
         trainable=trainable,
         optimizer=0 if on_host else moments,
         temporaries=_temporaries(
-            decoder, config, trainable, seq, fetched=streamed // decoder.n_layers
+            decoder,
+            config,
+            trainable,
+            seq,
+            fetched=streamed // decoder.n_layers + _of_experts(decoder, config, chosen),
         )
         + 2 * replaced,  # what takes the place of weights is cast to their dtype
         host=streamed
@@ -146,28 +151,51 @@ def _packed(rows: int, cols: int, config: Config) -> tuple[int, int]:
     return blocks * size // 2, constants
 
 
+def _of_experts(decoder: DecoderConfig, config: Config, chosen: list[Target]) -> int:
+    """What the loop over blocks of tokens holds of the experts of one layer.
+
+    A copy of their kernels as they are stored, with the sums of gradients where they train; and
+    their updates, the sums of their gradients, and what one block adds to those.
+    """
+    d, ff = decoder.d_model, decoder.d_ff
+    kernels = {"qlora": 0, "lora": 2, "full": 8}[config.method] * 3 * d * ff
+    if config.method == "qlora" and not config.quant.streamed:
+        kernels = 2 * sum(_packed(ff, d, config)) + sum(_packed(d, ff, config))
+    updates = 0
+    for target in chosen:
+        if len(target.lead) == 2:
+            rank = pick_by_pattern(target.path, config.lora.rank_pattern, config.lora.rank)
+            updates += 4 * target.lead[1] * rank * (target.layout.rows + target.layout.cols)
+    return decoder.n_experts * kernels + 3 * updates
+
+
 def _temporaries(
     decoder: DecoderConfig, config: Config, trainable: int, seq: int, *, fetched: int
 ) -> int:
-    """The rest; `fetched` are the bytes of a streamed layer, which is on the device while used."""
+    """The rest; `fetched` are bytes of one layer's parameters, on the device while it is used."""
     tokens, d, layers = config.train.batch_size * seq, decoder.d_model, decoder.n_layers
     q, kv, ff = decoder.n_heads * decoder.head_dim, _kv(decoder), decoder.d_ff
+    inner = 0 if decoder.n_experts else ff  # of the MLP that every token goes through
     looped = config.train.remat in ("full", "offload")
     kept = {  # 16-bit values that a token leaves behind in each layer
         "offload": 0,
         "full": d,
-        "dots": 2 * d + q + 2 * kv + 2 * ff,
-        "none": 2 * d + 2 * q + 2 * kv + 2 * ff,
+        "dots": 2 * d + q + 2 * kv + 2 * inner,
+        "none": 2 * d + 2 * q + 2 * kv + 2 * inner,
     }[config.train.remat]
     saved = 2 * layers * tokens * kept
     stream = 4 * tokens * d if config.train.remat == "offload" else 2 * tokens * d
-    working = 0 if config.method == "lora" else 4 * max(d * ff, d * q)
+    working = fetched if config.method == "lora" else fetched + 4 * max(d * ff, d * q)
+    chunk = min(tokens, max(config.train.layer_chunk, 256 * config.train.batch_size))
     if looped:
-        chunk = min(tokens, max(config.train.layer_chunk, 256 * config.train.batch_size))
-        working += stream + 12 * tokens * kv + chunk * (6 * d + 4 * q + 10 * ff)
+        working += stream + 12 * tokens * kv + chunk * (6 * d + 4 * q + 10 * inner)
     else:
-        working += tokens * (12 * d + 8 * q + 2 * kv) + _gated(seq, tokens, ff)
-    working += fetched
+        working += tokens * (12 * d + 8 * q + 2 * kv) + _gated(seq, tokens, inner)
+    if decoder.n_experts:
+        rows = chunk if looped else tokens
+        places = math.prod(block_sizes(rows, decoder.experts_per_token, decoder.n_experts))
+        working += places * (5 * d + 4 * ff)
+        saved += 0 if looped else 2 * layers * places * (d + 2 * ff)
     logits = stream + 8 * min(config.train.loss_chunk, tokens) * decoder.vocab_size
     accumulated = trainable if config.train.accumulate > 1 else 0
     return saved + max(trainable + working, logits) + accumulated

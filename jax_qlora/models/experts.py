@@ -119,6 +119,20 @@ class Plan(NamedTuple):
     slots: Array
 
 
+def block_sizes(rows: int, per_token: int, n_experts: int) -> tuple[int, int]:
+    """How many blocks there are, whatever the router chooses, and how many tokens are in each.
+
+    Args:
+        rows: Tokens.
+        per_token: Experts of each.
+        n_experts: How many there are.
+    """
+    count = rows * per_token
+    # about as many tokens as an expert has: half of the places are filled at least, on average
+    block = min(1 << max(count // n_experts - 1, 0).bit_length(), MAX_BLOCK)
+    return (count + min(n_experts, count) * (block - 1)) // block, block
+
+
 def plan_blocks(chosen: Int[Array, "rows per_token"], n_experts: int) -> Plan:
     """Sort tokens into blocks of one expert each.
 
@@ -128,9 +142,7 @@ def plan_blocks(chosen: Int[Array, "rows per_token"], n_experts: int) -> Plan:
     """
     rows, per_token = chosen.shape
     count = rows * per_token
-    # about as many tokens as an expert has: half of the places are filled at least, on average
-    block = min(1 << max(count // n_experts - 1, 0).bit_length(), MAX_BLOCK)
-    blocks = (count + min(n_experts, count) * (block - 1)) // block
+    blocks, block = block_sizes(rows, per_token, n_experts)
     flat = chosen.reshape(-1)
     order = jnp.argsort(flat, stable=True)  # pairs of row and expert, by expert
     expert = flat[order]

@@ -221,6 +221,20 @@ PLANS = [
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("changes", [{}, {"remat": "none", "method": "lora"}])
+def test_what_experts_add_to_a_plan(changes):
+    """A layer's experts and their places: temporaries, as the compiler has them, to a tenth."""
+    decoder = dataclasses.replace(
+        PRESETS["mixtral-8x7b"], n_layers=4, d_model=1024, d_ff=3584, n_heads=8, n_kv_heads=2,
+        vocab_size=8192,
+    )  # fmt: skip
+    plan, formula = (jq.fit(decoder, seq=2048, prove=on, **changes) for on in (True, False))
+    assert plan.source.startswith("XLA's CUDA compiler"), plan.note
+    got, want = (report.breakdown["temporaries"] for report in (formula, plan))
+    assert got == pytest.approx(want, rel=0.1)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("model", "gpu", "seq", "changes", "most", "host"), PLANS)
 def test_plans_of_the_compiler(model, gpu, seq, changes, most, host):
     """What fits today fits tomorrow; and the formula is within a tenth of the compiler."""
