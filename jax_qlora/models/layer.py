@@ -151,7 +151,11 @@ class Attention(nnx.Module):
         *,
         window: Array | None = None,
     ) -> Float[Array, "batch seq n_heads head_dim"]:
-        """Attend from all tokens to each other."""
+        """Attend from all tokens to each other.
+
+        Raises:
+            InputError: The kind of attention cannot keep the documents of a row apart.
+        """
         if self.kind == "blocks":
             limits = {"window": window, "softcap": self.softcap}
             return blockwise_attention(self.scale, q, k, v, valid, segment_ids, **limits)
