@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """LoRA and QLoRA for JAX: a pure parameter-tree transform over frozen 4-bit weights.
 
-The core (everything imported here) needs only jax and numpy; `load_model`, `load_adapter` and
-`save_adapter` need the `train` extra and are imported when first used.
+The core (everything imported here) needs only jax and numpy; what reads or writes files,
+plans a run or needs a decoder needs the `train` extra and is imported when first used.
 """
 
 import importlib
@@ -16,6 +16,7 @@ from .lora import LoraArray as LoraArray
 from .lora import LoraPair as LoraPair
 from .lora import Target as Target
 from .lora import Targets as Targets
+from .lora import VirtualTokens as VirtualTokens
 from .lora import adapter_index as adapter_index
 from .lora import add_magnitudes as add_magnitudes
 from .lora import attach as attach
@@ -45,11 +46,15 @@ if TYPE_CHECKING:
     from .interop.peft import load_adapter as load_adapter
     from .interop.peft import save_adapter as save_adapter
     from .planner import fit as fit
+    from .prompts import init_prefix as init_prefix
+    from .prompts import init_prompt as init_prompt
 
 __version__ = _metadata.version("jax-qlora")
 
 _LAZY = {
     "fit": "planner",
+    "init_prefix": "prompts",
+    "init_prompt": "prompts",
     "load_model": "interop.load",
     "load_adapter": "interop.peft",
     "save_adapter": "interop.peft",

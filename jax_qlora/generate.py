@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from .errors import InputError
-from .lora import over_rows
-from .models import Model
+from .lora import RowAdapters, over_rows
+from .models import Model, count_virtual
 from .models.decoder import Cache
 from .typing import Array, ArrayLike, Bool, Float, Int, Key, PyTree
 
@@ -64,7 +64,8 @@ def make_generator(
         holds its end token, once reached, and repeats it to the end.
 
     Raises:
-        InputError: A sampling setting out of range.
+        InputError: A sampling setting out of range; or, when called, rows that have adapters of
+            their own over a base with virtual tokens.
     """
     _check_sampling(sampling, max_new_tokens)
     ends = model.config.eos_token_ids if eos_ids is None else tuple(eos_ids)
@@ -83,7 +84,12 @@ def make_generator(
         key: Key[Array, ""],
     ) -> Int[Array, "batch new"]:
         batch, seq = tokens.shape
-        cache = model.init_cache(batch, seq + max_new_tokens)
+        if isinstance(params, RowAdapters) and count_virtual(params.base, model.config):
+            raise InputError(
+                "Adapters of rows over a base with virtual tokens: expected a base without. Answer "
+                "with one adapter at a time: attach(base, adapter | prompt)."
+            )
+        cache = model.init_cache(batch, seq + max_new_tokens, params)
         hidden, cache = decode(params, tokens, cache, attention_mask=attention_mask)
 
         def choose(hidden: Array, step: Array) -> Array:

@@ -65,9 +65,12 @@ def _adapter(found: dict[str, Any]) -> Iterator[str]:
     yield f"{found['path']}: a {method} adapter ({found['format']}) of {found['base_model']}"
     yield (
         f"{found['parameters']:,} parameters in {found['tensors']} tensors, "
-        f"{size(found['bytes'])}, alpha {found['alpha']}"
+        f"{size(found['bytes'])}" + (f", alpha {found['alpha']}" if found["targets"] else "")
     )
-    yield "targets:"
+    if found.get("virtual_tokens"):
+        yield f"{found['virtual_tokens']} virtual tokens"
+    if found["targets"]:
+        yield "targets:"
     for name, ranks in found["targets"].items():
         text = ", ".join(f"{count} of rank {rank}" for rank, count in ranks.items())
         yield f"  {name:<20} {text}"

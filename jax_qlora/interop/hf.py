@@ -4,7 +4,8 @@
 import itertools
 from functools import lru_cache
 
-from ..models import DecoderConfig, abstract_params
+from ..errors import InputError
+from ..models import PREFIX, PROMPT, DecoderConfig, abstract_params
 from ..tree import flatten_paths
 
 # What a module is called there, where that is not its name here.
@@ -25,7 +26,15 @@ def tensor_names(path: str, config: DecoderConfig) -> tuple[str, ...]:
     'model.layers.1.mlp.up_proj.weight'
     >>> tensor_names("lm_head/kernel", TINY)
     ('lm_head.weight',)
+
+    Raises:
+        InputError: it is no weight.
     """
+    if path == PROMPT or path.startswith(PREFIX):
+        raise InputError(
+            f"'{path}': virtual tokens have no place among the weights of a model: expected "
+            "parameters without them. Save them with save_adapter, beside the model."
+        )
     module, _, kind = path.replace("/", ".").rpartition(".")
     name = f"{module}.{'bias' if kind == 'bias' else 'weight'}"
     renamed = _RENAMED.get(config.family, {})

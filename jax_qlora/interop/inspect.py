@@ -28,6 +28,7 @@ from .load_params import check_tensors
 from .open import open_checkpoint
 from .peft_config import CONFIG_NAME, read_config
 from .peft_parameters import name_experts
+from .peft_prompt import KINDS
 from .safetensors import read_header
 
 _LAYER = re.compile(r"\.layers\.\d+\.|^blk\.\d+\.")
@@ -146,7 +147,8 @@ def _inspect_adapter(path: Path) -> dict[str, Any]:
     shapes = named = {name: x.shape for name, x in header.items()}
     loads: bool | str = True
     try:
-        named = name_experts(shapes, read_config(path))
+        if raw.get("peft_type") not in KINDS:
+            named = name_experts(shapes, read_config(path))
     except InputError as error:
         loads = str(error)
     return {
@@ -156,6 +158,7 @@ def _inspect_adapter(path: Path) -> dict[str, Any]:
         "base_model": base,
         "method": raw.get("peft_type"),
         "alpha": alpha,
+        "virtual_tokens": raw.get("num_virtual_tokens"),
         **_updates(shapes, ".lora_A.weight"),
         "targets": _updates(named, ".lora_A.weight")["targets"],
         "dtypes": sorted({str(x.dtype) for x in header.values()}),

@@ -22,10 +22,10 @@ from typing import Any
 import numpy as np
 
 from ..errors import InputError
-from ..lora import Adapter, LoraPair, Targets
+from ..lora import Adapter, LoraPair, Targets, split_virtual
 from ..models import Model
 from .adapter_files import WEIGHTS_NAME, read_tensors, write_adapter
-from .peft_config import PeftConfig, config_json, make_config, read_config
+from .peft_config import PeftConfig, config_json, make_config, read_config, read_document
 from .peft_copies import add_copies, without_copies
 from .peft_layers import Slot, Update, decode, encode, find_slots, tensor_shapes
 from .peft_parameters import (
@@ -37,6 +37,7 @@ from .peft_parameters import (
     split,
     weight_parameters,
 )
+from .peft_prompt import KINDS, read_prompt, write_prompt
 from .peft_stacks import some, stack, unstack
 from .peft_whole import PREFIX, Whole, read_whole, whole_tensors, write_whole
 
@@ -51,12 +52,14 @@ class SavedAdapter:
             DoRA.
         nbytes: Size of the weights' file.
         b_norm: Euclidean norm of all `b` factors together; 0 for an untrained adapter.
+        virtual_tokens: Of a prompt or prefix, which adapts no module: its tokens.
     """
 
     path: Path
     modules: int
     nbytes: int
     b_norm: float
+    virtual_tokens: int = 0
 
 
 def save_adapter(
@@ -79,7 +82,8 @@ def save_adapter(
 
     Args:
         path: Directory to make.
-        adapter: Path -> LoraPair, and what trains beside: see `attach`.
+        adapter: Path -> LoraPair, and what trains beside: see `attach`. Virtual tokens are
+            saved by themselves, as PEFT has them.
         model: The model it belongs to; or, for a tree that is no decoder of this library, the
             `Targets` found in it: modules are then named by path, with "/" as ".".
         base_model: Name or path of the base model to note in the configuration.
@@ -96,6 +100,9 @@ def save_adapter(
             save or something that PEFT cannot say, or the directory cannot be written.
     """
     path = Path(path)
+    others, virtual = split_virtual(adapter)
+    if virtual:
+        return _save_virtual(path, virtual, others, model, base_model)
     slots = find_slots(model, names)
     pairs = {p: x for p, x in adapter.items() if isinstance(x, LoraPair)}
     dora = {pair.magnitude is not None for pair in pairs.values()}
@@ -146,7 +153,9 @@ def load_adapter(
     *,
     names: Mapping[str, str] | None = None,
 ) -> Adapter:
-    """Reads a LoRA adapter that PEFT or `save_adapter` wrote, or a GGUF file of llama.cpp's.
+    """Reads an adapter that PEFT or `save_adapter` wrote, or a GGUF file of llama.cpp's.
+
+    It is one of LoRA, or a prompt or prefix.
 
     Every tensor of the file is used and every module that the configuration names is filled, or it
     is an error. Layers without an update get a zero one.
@@ -157,7 +166,8 @@ def load_adapter(
         names: Names of modules by path, as for `save_adapter`.
 
     Returns:
-        Path -> LoraPair, float32; and the arrays and TokenRows that are trained beside.
+        Path -> LoraPair, float32; and the arrays and TokenRows that are trained beside. Or
+        VirtualTokens alone.
 
     Raises:
         InputError: files missing, damaged or not finite; a field of the configuration that changes
@@ -167,6 +177,11 @@ def load_adapter(
     path = Path(path)
     if path.suffix == ".gguf":
         return _load_gguf(path, model)
+    document = read_document(path)
+    if document.get("peft_type") in KINDS:
+        if isinstance(model, Targets):
+            raise _no_decoder(path)
+        return read_prompt(path, document, model.config)
     config = read_config(path)
     tensors = read_tensors(path / WEIGHTS_NAME)
     slots = find_slots(model, names)
@@ -198,6 +213,33 @@ def load_adapter(
     adapter = stack(updates, slots, config, model)
     _check_once(path, adapter.keys() & beside.keys())
     return adapter | beside
+
+
+def _save_virtual(
+    path: Path,
+    virtual: Mapping[str, Any],
+    others: Mapping[str, Any],
+    model: Model | Targets,
+    base_model: str | None,
+) -> SavedAdapter:
+    if others:
+        raise InputError(
+            f"the adapter to save at {path} has the virtual tokens {some(virtual)} beside updates "
+            f"of {some(others)}: expected one of the two, as PEFT has them in directories of "
+            "their own. Save both parts that jax_qlora.lora.split_virtual gives."
+        )
+    if isinstance(model, Targets):
+        raise _no_decoder(path)
+    tokens = write_prompt(path, virtual, model.config, base_model=base_model)
+    nbytes = (path / WEIGHTS_NAME).stat().st_size
+    return SavedAdapter(path=path, modules=0, nbytes=nbytes, b_norm=0.0, virtual_tokens=tokens)
+
+
+def _no_decoder(path: Path) -> InputError:
+    return InputError(
+        f"the adapter at {path} has virtual tokens: expected the Model that they are for, found "
+        "the targets of some other tree."
+    )
 
 
 def _load_gguf(path: Path, model: Model | Targets) -> Adapter:

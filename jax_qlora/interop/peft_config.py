@@ -137,15 +137,14 @@ class PeftConfig:
         return first is not None and int(first[1]) in self.layers
 
 
-def read_config(directory: Path) -> PeftConfig:
-    """Reads the adapter_config.json of a LoRA adapter.
+def read_document(directory: Path) -> dict[str, Any]:
+    """Reads an adapter_config.json as it is.
 
     Args:
         directory: The adapter's directory.
 
     Raises:
-        InputError: the file is missing or malformed, or has a field that changes the result in a
-            way that is not handled (the message names it).
+        InputError: the file is missing, or no JSON object.
     """
     path = directory / CONFIG_NAME
     if not path.is_file():
@@ -162,6 +161,20 @@ def read_config(directory: Path) -> PeftConfig:
         raise InputError(f"{path} is not JSON: {e}. Save the adapter again.") from e
     if not isinstance(raw, dict):
         raise InputError(f"{path} holds a {type(raw).__name__}: expected a JSON object.")
+    return raw
+
+
+def read_config(directory: Path) -> PeftConfig:
+    """Reads the adapter_config.json of a LoRA adapter.
+
+    Args:
+        directory: The adapter's directory.
+
+    Raises:
+        InputError: the file is missing or malformed, or has a field that changes the result in a
+            way that is not handled (the message names it).
+    """
+    path, raw = directory / CONFIG_NAME, read_document(directory)
     _refuse_unhandled(raw, path)
 
     def get(key: str, kinds: tuple[type, ...], default: Any) -> Any:
@@ -231,8 +244,8 @@ def _refuse_unhandled(raw: dict[str, Any], path: Path) -> None:
     kind = raw.get("peft_type")
     if kind != "LORA":
         raise InputError(
-            f"{path}: peft_type is {kind!r}, expected 'LORA'. Other kinds of adapters are not "
-            "supported."
+            f"{path}: peft_type is {kind!r}, expected 'LORA', 'PROMPT_TUNING', "
+            "'PREFIX_TUNING' or 'P_TUNING'. Other kinds of adapters are not supported."
         )
     init = raw.get("init_lora_weights", True)
     if init is not None and init not in _PLAIN_INITS:

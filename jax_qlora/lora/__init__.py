@@ -26,3 +26,5 @@ from .targets import Target as Target
 from .targets import Targets as Targets
 from .tokens import TokenArray as TokenArray
 from .tokens import TokenRows as TokenRows
+from .virtual import VirtualTokens as VirtualTokens
+from .virtual import split_virtual as split_virtual

@@ -18,9 +18,10 @@ from .array import LoraArray, frozen_rows, is_special, materialize
 from .pair import LoraPair
 from .targets import Target, Targets, matches_pattern, module_names, pick_by_pattern
 from .tokens import TokenArray, TokenRows
+from .virtual import VirtualTokens, add_leaves, refuse_virtual, split_virtual
 
 Adapter = dict[str, Any]
-"""Path -> LoraPair; or TokenRows, or an array that takes the place of the base's."""
+"""Path -> LoraPair; or TokenRows, VirtualTokens, or an array that takes the place of the base's."""
 
 
 def quantize(
@@ -155,13 +156,15 @@ def attach(base: PyTree, adapter: Mapping[str, Any], *, dropout_key: Any = None)
     Args:
         base: Frozen parameters; leaves may be arrays or QuantizedArray.
         adapter: Path -> LoraPair; or TokenRows, whose rows replace some of the weight's; or an
-            array that replaces the weight, for whole modules and biases that train.
+            array that replaces the weight, for whole modules and biases that train; or
+            VirtualTokens, which are put beside the weights.
         dropout_key: Random key for dropout in this step; None turns dropout off.
 
     Raises:
         InputError: the adapter names a path that is not in `base`, or a kernel of another shape.
     """
     _check_adapter(adapter)
+    adapter, virtual = split_virtual(adapter)
     _check_paths(adapter, base)
 
     def one(path: str, leaf: Any) -> Any:
@@ -195,7 +198,7 @@ def attach(base: PyTree, adapter: Mapping[str, Any], *, dropout_key: Any = None)
             keys = jax.random.split(path_key, pair.lead)
         return LoraArray(base=leaf, pair=pair, dropout_key=keys)
 
-    return map_with_path(one, base, is_leaf=is_special)
+    return add_leaves(map_with_path(one, base, is_leaf=is_special), virtual)
 
 
 def merge(base: PyTree, adapter: Mapping[str, Any] | None = None, *, dtype: Any = None) -> PyTree:
@@ -210,9 +213,10 @@ def merge(base: PyTree, adapter: Mapping[str, Any] | None = None, *, dtype: Any 
         dtype: dtype of the kernels that were quantized or adapted; their own by default.
 
     Raises:
-        InputError: as `attach`.
+        InputError: as `attach`; or the adapter has virtual tokens, which no weight can take in.
     """
     tree = attach(base, adapter) if adapter else base
+    refuse_virtual(adapter or {}, "merge")
     return jax.tree.map(
         lambda x: materialize(x, dtype) if is_special(x) else x, tree, is_leaf=is_special
     )
@@ -230,9 +234,10 @@ def unmerge(params: PyTree, adapter: Mapping[str, Any], *, dtype: Any = None) ->
 
     Raises:
         InputError: as `attach`; a kernel is quantized, from which nothing can be subtracted; or
-            the adapter is a DoRA adapter, or replaces weights.
+            the adapter is a DoRA adapter, replaces weights, or has virtual tokens.
     """
     _check_adapter(adapter)
+    refuse_virtual(adapter, "unmerge")
     _check_paths(adapter, params)
 
     def one(path: str, leaf: Any) -> Any:
@@ -308,7 +313,7 @@ def _kernel_shape(entry: Any) -> tuple[int, ...]:
 def _check_adapter(adapter: Any) -> None:
     bad = adapter
     if isinstance(adapter, Mapping):
-        kinds = LoraPair | TokenRows | jax.Array | np.ndarray
+        kinds = LoraPair | TokenRows | VirtualTokens | jax.Array | np.ndarray
         wrong = [path for path, entry in adapter.items() if not isinstance(entry, kinds)]
         if not wrong:
             return

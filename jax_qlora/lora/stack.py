@@ -16,6 +16,7 @@ from ..errors import InputError
 from ..typing import Array, ArrayLike
 from .adapter import Adapter
 from .pair import LoraPair
+from .virtual import refuse_virtual
 
 
 def stack_adapters(
@@ -147,6 +148,8 @@ def checked_index(stacked: Mapping[str, LoraPair], index: ArrayLike, *, ndim: in
 
 
 def _check_adapter(name: Any, adapter: Any) -> None:
+    if isinstance(adapter, Mapping):
+        refuse_virtual(adapter, f"adapter '{name}' of a stack")
     pairs: list[Any] = list(adapter.values()) if isinstance(adapter, Mapping) else [None]
     if not pairs or not all(isinstance(pair, LoraPair) for pair in pairs):
         raise InputError(

@@ -12,6 +12,7 @@ from ..tree import flatten_paths, nbytes
 from .array import LoraArray
 from .pair import LoraPair
 from .tokens import TokenArray
+from .virtual import VirtualTokens, split_virtual
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -32,7 +33,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _is_leaf(x: Any) -> bool:
-    return isinstance(x, QuantizedArray | LoraArray | LoraPair | TokenArray)
+    return isinstance(x, QuantizedArray | LoraArray | LoraPair | TokenArray | VirtualTokens)
 
 
 def _storage(leaf: Any) -> tuple[str, str]:
@@ -62,7 +63,7 @@ def summary(tree: Any, adapter: Any = None) -> str:
         pair = leaf.pair if isinstance(leaf, LoraArray) else adapter.get(path)
         pair = leaf.tokens if isinstance(leaf, TokenArray) else pair
         base = leaf.base if isinstance(leaf, LoraArray | TokenArray) else leaf
-        if isinstance(base, LoraPair):
+        if isinstance(base, LoraPair | VirtualTokens):
             base, pair = None, base
         shape, storage, bits = "", "", ""
         if base is not None:
@@ -77,6 +78,10 @@ def summary(tree: Any, adapter: Any = None) -> str:
             held += nbytes(pair)
         trainable += params
         rows.append((path, shape, storage, bits, rank, f"{params:,}" if params else ""))
+    for path, entry in split_virtual(adapter)[1].items():
+        shape, count = "x".join(map(str, entry.values.shape)), entry.values.size
+        trainable, held = trainable + count, held + nbytes(entry)
+        rows.append((path, shape, "", "", "", f"{count:,}"))
     share = 100 * trainable / max(total + trainable, 1)
     footer = (
         f"trainable {trainable:,} of {total + trainable:,} parameters ({share:.3f}%), "

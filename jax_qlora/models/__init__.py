@@ -13,3 +13,6 @@ from .model import decoder_functions as decoder_functions
 from .model import head_params as head_params
 from .model import init_cache as init_cache
 from .model import init_params as init_params
+from .virtual import PREFIX as PREFIX
+from .virtual import PROMPT as PROMPT
+from .virtual import count_virtual as count_virtual

@@ -23,6 +23,7 @@ from .layers import LINEAR_OUTPUT, Embed, Linear
 from .matmul import matmul
 from .per_layer import PerLayer, per_layer
 from .rope import all_angles
+from .virtual import put_virtual
 
 Remat = Literal["none", "dots", "full", "offload"]
 """What the backward recomputes of a layer: nothing that costs a matmul, all but the outputs of
@@ -57,6 +58,8 @@ class Decoder(nnx.Module):
             softmax and logits are float32.
         remat: What the backward recomputes of each layer.
         attention: How layers attend, but for decoding from a cache.
+        prompt: Whether it has embeddings of virtual tokens.
+        prefix: Whether its layers have keys and values of virtual tokens.
         rngs: Keys of the random initialization.
     """
 
@@ -67,12 +70,14 @@ class Decoder(nnx.Module):
         dtype: DTypeLike,
         remat: Remat = "none",
         attention: AttentionKind = "blocks",
+        prompt: bool = False,
+        prefix: bool = False,
         rngs: nnx.Rngs,
     ):
         @nnx.split_rngs(splits=config.n_layers)
         @nnx.vmap(in_axes=0, out_axes=0)
         def stack(rngs: nnx.Rngs) -> Layer:
-            return Layer(config, dtype=dtype, attention=attention, rngs=rngs)
+            return Layer(config, dtype=dtype, attention=attention, prefix=prefix, rngs=rngs)
 
         self.config: DecoderConfig = config
         self.remat: Remat = remat
@@ -80,6 +85,7 @@ class Decoder(nnx.Module):
         self.embed_tokens = Embed(
             config.vocab_size, config.d_model, dtype=dtype, rngs=rngs, scale=scale
         )
+        self.prompt = nnx.Param(jnp.zeros((1, config.d_model))) if prompt else None
         self.layers = stack(rngs)
         self.norm = make_norm(config, config.d_model)
         tied = config.tied
@@ -87,9 +93,18 @@ class Decoder(nnx.Module):
             None if tied else Head(config.d_model, config.vocab_size, dtype=dtype, rngs=rngs)
         )
 
-    def embed(self, tokens: Int[Array, "batch seq"]) -> Float[Array, "batch seq d"]:
-        """Return the residual stream before the first layer."""
-        return self.embed_tokens(tokens)
+    def embed(
+        self, tokens: Int[Array, "batch seq"], virtual: Int[Array, "batch seq"] | None = None
+    ) -> Float[Array, "batch seq d"]:
+        """Return the residual stream before the first layer.
+
+        Args:
+            tokens: Token ids.
+            virtual: The number of the virtual token at each place, -1 at a token's; None: there are
+                none.
+        """
+        x = self.embed_tokens(tokens)
+        return x if self.prompt is None else put_virtual(virtual, self.prompt[...], x)
 
     def hidden(
         self,
@@ -98,9 +113,10 @@ class Decoder(nnx.Module):
         valid: Bool[Array, "batch seq"],
         positions: Int[Array, "batch seq"],
         segment_ids: Int[Array, "batch seq"] | None = None,
+        virtual: Int[Array, "batch seq"] | None = None,
     ) -> Float[Array, "batch seq d"]:
         """Return the final residual stream, what `head` takes."""
-        context = Context(*all_angles(self.config, positions), valid, segment_ids)
+        context = Context(*all_angles(self.config, positions), valid, segment_ids, virtual)
 
         def body(layer: Layer, x: Array, data: PerLayer, context: Context) -> Array:
             x = checkpoint_name(x, LAYER_INPUT)
@@ -109,7 +125,7 @@ class Decoder(nnx.Module):
         # inside a scan nothing can be shared between forward and backward anyway
         body = nnx.remat(body, prevent_cse=False, policy=_policy(self.remat))
         scan = nnx.scan(body, in_axes=(0, nnx.Carry, 0, None), out_axes=nnx.Carry)
-        return scan(self.layers, self.embed(tokens), per_layer(self.config), context)
+        return scan(self.layers, self.embed(tokens, virtual), per_layer(self.config), context)
 
     def head(self, hidden: Float[Array, "*lead d"]) -> Float[Array, "*lead vocab"]:
         """Return float32 logits of final hidden states, which the last norm goes over first."""
@@ -126,6 +142,7 @@ class Decoder(nnx.Module):
         *,
         attention_mask: Array | None = None,
         positions: Int[Array, "batch seq"] | None = None,
+        virtual: Int[Array, "batch seq"] | None = None,
     ) -> tuple[Float[Array, "batch seq d"], Cache]:
         """Return final hidden states of `tokens`, which follow those in `cache`, and the cache."""
         valid = as_valid(attention_mask, tokens)
@@ -147,11 +164,30 @@ class Decoder(nnx.Module):
 
         scan = nnx.scan(body, in_axes=(0, nnx.Carry, 0, None), out_axes=nnx.Carry)
         caches = Caches(cache.k, cache.v, jnp.int32(0), cache.length)
-        start = (self.embed(tokens), caches)
+        start = (self.embed(tokens, virtual), caches)
         x, caches = scan(self.layers, start, per_layer(self.config), context)
         # a full cache would overwrite its last slots: better no answer than a wrong one
         x = jnp.where(end <= cache.valid.shape[1], x, jnp.nan)
         return x, Cache(caches.k, caches.v, all_valid, end)
+
+    def begin(self, cache: Cache, count: int) -> Cache:
+        """Return an empty cache with the model's `count` virtual tokens in it."""
+        batch, slots = cache.valid.shape
+        number = jnp.arange(count, dtype=jnp.int32)
+        if self.prompt is not None:
+            virtual = jnp.broadcast_to(number[None], (batch, count))
+            return self.decode(jnp.zeros_like(virtual), cache, virtual=virtual)[1]
+        prefix = self.layers.self_attn.prefix
+        assert prefix is not None
+
+        def put(whole: Array, part: Array) -> Array:
+            part = jnp.swapaxes(part, 1, 2)[:, None].astype(whole.dtype)
+            part = jnp.broadcast_to(part, (part.shape[0], batch, *part.shape[2:]))
+            return lax.dynamic_update_slice(whole, part, (0, 0, 0, 0, 0))
+
+        valid = cache.valid | (jnp.arange(slots) < count)[None]
+        k, v = put(cache.k, prefix.k[...]), put(cache.v, prefix.v[...])
+        return Cache(k, v, valid, cache.length + jnp.int32(count))
 
 
 class Head(Linear):

@@ -22,6 +22,7 @@ from .experts import MixtureOfExperts
 from .layers import GATED, Linear, RMSNorm, economical, in_chunks
 from .per_layer import PerLayer
 from .rope import Angles, rotate
+from .virtual import Prefix, put_virtual
 
 MLP_TOKENS = 8192
 """A longer sequence goes through the MLP in chunks of at most as many tokens."""
@@ -35,6 +36,8 @@ class Context(NamedTuple):
         local_angles: Those of local layers, if they are others.
         valid: Bool `[batch, seq]`: which tokens are not padding.
         segment_ids: int `[batch, seq]`: the document of each token, or None.
+        virtual: int32 `[batch, seq]`: the number of the virtual token at each place, -1 at a
+            token's; None: there are none.
         mask: Bool `[batch, seq, slots]`, with caches, instead of those two: the slots that each
             token sees.
         back: int `[batch, seq, slots]`, with caches and windows: how many tokens before a token the
@@ -46,6 +49,7 @@ class Context(NamedTuple):
     local_angles: Angles | None = None
     valid: Array | None = None
     segment_ids: Array | None = None
+    virtual: Array | None = None
     mask: Array | None = None
     back: Array | None = None
     window: Array | None = None
@@ -78,6 +82,7 @@ class Attention(nnx.Module):
         *,
         dtype: DTypeLike,
         kind: AttentionKind = "blocks",
+        prefix: bool = False,
         rngs: nnx.Rngs,
     ):
         d, q_dim = config.d_model, config.n_heads * config.head_dim
@@ -101,29 +106,30 @@ class Attention(nnx.Module):
         self.q_norm = make_norm(config, config.head_dim) if config.qk_norm else None
         self.k_norm = make_norm(config, config.head_dim) if config.qk_norm else None
         self.o_proj = linear(q_dim, d, config.out_bias)
+        self.prefix = Prefix(config.n_kv_heads, config.head_dim) if prefix else None
 
     def queries_keys_values(
-        self, x: Float[Array, "batch seq d"], angles: Angles
+        self, x: Float[Array, "batch seq d"], angles: Angles, virtual: Array | None = None
     ) -> tuple[Array, Array, Array]:
         """Return all three at once: a fused projection is one matmul."""
         if self.qkv_proj is None:
-            return self.queries(x, angles), *self.keys_values(x, angles)
+            return self.queries(x, angles), *self.keys_values(x, angles, virtual)
         q, k, v = jnp.split(self.qkv_proj(x.reshape(-1, x.shape[-1])), self.parts, axis=-1)
         heads = (*x.shape[:2], -1, self.head_dim)
         return self._queries(q.reshape(heads), angles), *self._keys_values(
-            k.reshape(heads), v.reshape(heads), angles
+            k.reshape(heads), v.reshape(heads), angles, virtual
         )
 
     def keys_values(
-        self, x: Float[Array, "batch seq d"], angles: Angles
+        self, x: Float[Array, "batch seq d"], angles: Angles, virtual: Array | None = None
     ) -> tuple[Float[Array, "batch n_kv seq head_dim"], Float[Array, "batch n_kv seq head_dim"]]:
-        """Return rotated keys, and values, heads before positions."""
+        """Return rotated keys, and values, heads before positions; a prefix gives its own."""
         if self.qkv_proj is not None:
-            return self.queries_keys_values(x, angles)[1:]
+            return self.queries_keys_values(x, angles, virtual)[1:]
         heads = (*x.shape[:2], -1, self.head_dim)
         rows = x.reshape(-1, x.shape[-1])
         k, v = self.k_proj(rows).reshape(heads), self.v_proj(rows).reshape(heads)
-        return self._keys_values(k, v, angles)
+        return self._keys_values(k, v, angles, virtual)
 
     def queries(
         self, x: Float[Array, "batch seq d"], angles: Angles
@@ -137,8 +143,13 @@ class Attention(nnx.Module):
     def _queries(self, q: Array, angles: Angles) -> Array:
         return rotate(q if self.q_norm is None else self.q_norm(q), angles)
 
-    def _keys_values(self, k: Array, v: Array, angles: Angles) -> tuple[Array, Array]:
+    def _keys_values(
+        self, k: Array, v: Array, angles: Angles, virtual: Array | None
+    ) -> tuple[Array, Array]:
         k = rotate(k if self.k_norm is None else self.k_norm(k), angles)
+        if self.prefix is not None:
+            k = put_virtual(virtual, self.prefix.k[...], k)
+            v = put_virtual(virtual, self.prefix.v[...], v)
         return jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
 
     def attend(
@@ -223,10 +234,11 @@ class Layer(nnx.Module):
         *,
         dtype: DTypeLike,
         attention: AttentionKind = "blocks",
+        prefix: bool = False,
         rngs: nnx.Rngs,
     ):
         self.input_layernorm = make_norm(config, config.d_model)
-        self.self_attn = Attention(config, dtype=dtype, kind=attention, rngs=rngs)
+        self.self_attn = Attention(config, dtype=dtype, kind=attention, prefix=prefix, rngs=rngs)
         self.post_attention_layernorm = make_norm(config, config.d_model)
         mlp = MixtureOfExperts if config.n_experts else MLP
         self.mlp = mlp(config, dtype=dtype, rngs=rngs)
@@ -235,24 +247,26 @@ class Layer(nnx.Module):
             self.pre_feedforward_layernorm = make_norm(config, config.d_model)
             self.post_feedforward_layernorm = make_norm(config, config.d_model)
 
-    def keys_values(self, x: Float[Array, "batch seq d"], angles: Angles) -> tuple[Array, Array]:
+    def keys_values(
+        self, x: Float[Array, "batch seq d"], angles: Angles, virtual: Array | None = None
+    ) -> tuple[Array, Array]:
         """Return what later tokens see of the tokens of `x`, as `Attention.keys_values`."""
-        return self.self_attn.keys_values(self.input_layernorm(x), angles)
+        return self.self_attn.keys_values(self.input_layernorm(x), angles, virtual)
 
     def queries(self, x: Float[Array, "batch seq d"], angles: Angles) -> Array:
         """Return what the tokens of `x` look for, as `Attention.queries`."""
         return self.self_attn.queries(self.input_layernorm(x), angles)
 
     def queries_keys_values(
-        self, x: Float[Array, "batch seq d"], angles: Angles
+        self, x: Float[Array, "batch seq d"], angles: Angles, virtual: Array | None = None
     ) -> tuple[Array, Array, Array]:
         """Return all three at once, as `Attention.queries_keys_values`."""
-        return self.self_attn.queries_keys_values(self.input_layernorm(x), angles)
+        return self.self_attn.queries_keys_values(self.input_layernorm(x), angles, virtual)
 
     def attend(self, x: Float[Array, "batch seq d"], context: Context) -> Array:
         """Attend from the tokens of `x` to each other: `[batch, seq, n_heads, head_dim]`."""
         assert context.valid is not None
-        q, k, v = self.queries_keys_values(x, context.angles)
+        q, k, v = self.queries_keys_values(x, context.angles, context.virtual)
         return self.self_attn.attend(
             q, k, v, context.valid, context.segment_ids, window=context.window
         )

@@ -34,10 +34,12 @@ class LayerFunctions:
     """One layer as pure functions; the first argument of each is the layer's parameters.
 
     Attributes:
-        keys_values: `(params, x, angles) -> (k, v)`, each `[batch, n_kv_heads, seq, head_dim]`.
+        keys_values: `(params, x, angles, virtual) -> (k, v)`, each
+            `[batch, n_kv_heads, seq, head_dim]`.
         queries: `(params, x, angles) -> q`, `[batch, seq, n_heads, head_dim]`.
         finish: `(params, x, attended) -> y`, the layer's output.
-        queries_keys_values: All three at once: a fused projection is one matmul then.
+        queries_keys_values: All three at once, from what `keys_values` takes: a fused projection is
+            one matmul then.
         attend: `(q, k, v, valid, segment_ids, *, window) -> attended`, of whole rows, without
             parameters. Of chunks attention is in blocks.
         whole_rows: Whether chunks are not attention's affair, so that rows must be one chunk.
@@ -82,12 +84,14 @@ class Context(NamedTuple):
         local_angles: Those of local layers, if they are others.
         valid: Bool: which tokens are not padding.
         segment_ids: int: the document of each token, or None.
+        virtual: int: the number of the virtual token at each place, -1 at a token's, or None.
     """
 
     angles: Angles
     local_angles: Angles | None
     valid: Array
     segment_ids: Array | None
+    virtual: Array | None = None
 
 
 class _LayerContext(NamedTuple):
@@ -273,7 +277,7 @@ def _fold_in(chunk: Array, a: Array) -> Array:
 
 def _layer(layer: LayerFunctions, params: PyTree, x: Array, context: _LayerContext) -> Array:
     tokens = context.tokens
-    q, k, v = layer.queries_keys_values(params, x, tokens.angles)
+    q, k, v = layer.queries_keys_values(params, x, tokens.angles, tokens.virtual)
     out = layer.attend(q, k, v, tokens.valid, tokens.segment_ids, window=context.window)
     return layer.finish(params, x, out)
 
@@ -357,10 +361,10 @@ def _layer_in_chunks_backward(
     def rest_of_keys(chunk: Array, state: tuple) -> tuple:
         dx, grads = state
         leaves, put_back = trained.split(params(chunk))
-        angles = _part(context.tokens.angles, size, chunk)
+        angles, virtual = _part((context.tokens.angles, context.tokens.virtual), size, chunk)
 
         def keys_values(leaves: list[Array], x: Array) -> tuple[Array, Array]:
-            return layer.keys_values(put_back(leaves), x, angles)
+            return layer.keys_values(put_back(leaves), x, angles, virtual)
 
         (k, v), vjp = jax.vjp(keys_values, leaves, rows(chunk))
         cotangents = (_part(c, size, chunk).reshape(k.shape).astype(k.dtype) for c in (dk, dv))
@@ -379,8 +383,8 @@ def _all_keys(
     seq = tokens.valid.shape[1]
 
     def part(chunk: Array) -> tuple[Array, Array]:
-        angles = _part(context.tokens.angles, size, chunk)
-        k, v = layer.keys_values(params(chunk), rows(chunk), angles)
+        angles, virtual = _part((tokens.angles, tokens.virtual), size, chunk)
+        k, v = layer.keys_values(params(chunk), rows(chunk), angles, virtual)
         return k.reshape(-1, *k.shape[2:]), v.reshape(-1, *v.shape[2:])
 
     def one(chunk: Array, whole: tuple) -> tuple:

@@ -3,6 +3,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from functools import cache as cached
 from typing import Any, cast, get_args
 
 import jax
@@ -20,6 +21,7 @@ from .layer import Layer
 from .layer_loop import Context, LayerFunctions, Loop, run_layers
 from .per_layer import per_layer
 from .rope import all_angles
+from .virtual import count_virtual, has_prefix, has_prompt, with_virtual
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,12 +34,15 @@ class DecoderFunctions:
         head: `(params, hidden) -> logits`.
         decode_hidden: `(params, tokens, cache, *, attention_mask, positions)
             -> (hidden, cache)`.
+        begin: `(params, cache) -> cache`: an empty cache with the virtual tokens of `params`, if
+            there are any.
     """
 
     apply: Callable[..., Array]
     hidden: Callable[..., Array]
     head: Callable[..., Array]
     decode_hidden: Callable[..., tuple[Array, Cache]]
+    begin: Callable[..., Cache]
 
     def map(self, transform: Callable[[Callable], Callable]) -> "DecoderFunctions":
         """Return the functions, each transformed, e.g. by `lift`."""
@@ -80,19 +85,21 @@ def decoder_functions(
         InputError: An impossible configuration, an unknown dtype, remat or attention setting, or a
             model that cuDNN's attention cannot do.
     """
-    graphdef, _ = nnx.split(_abstract_decoder(config, compute_dtype, remat, attention))
+
+    @cached
+    def graphdef(prompt: bool, prefix: bool) -> nnx.GraphDef[Decoder]:
+        how: dict[str, Any] = dict(remat=remat, attention=attention, prompt=prompt, prefix=prefix)
+        return nnx.split(_abstract_decoder(config, compute_dtype, **how))[0]
+
+    def merge(params: PyTree) -> Decoder:
+        return nnx.merge(graphdef(has_prompt(params), has_prefix(params["layers"])), params)
+
+    graphdef(False, False)  # an impossible configuration shows here
     loop = None
     if transform is not None and remat in ("full", "offload"):
         layer = _layer_functions(config, compute_dtype, transform, cast(AttentionKind, attention))
         loop = Loop(layer=layer, chunk=layer_chunk, offload=remat == "offload", fetch=fetch)
-    embed = (transform or _same)(lambda params, tokens: nnx.merge(graphdef, params).embed(tokens))
-
-    def looped(
-        loop: Loop, params: PyTree, tokens: Array, positions: Array, valid: Array, segments: Any
-    ) -> Array:
-        context = Context(*all_angles(config, positions), valid, segments)
-        x = embed(params, tokens)
-        return run_layers(loop, params["layers"], x, context, per_layer(config))
+    embed = (transform or _same)(lambda params, *args: merge(params).embed(*args))
 
     def hidden(
         params: PyTree,
@@ -102,24 +109,38 @@ def decoder_functions(
         positions: Array | None = None,
         segment_ids: Array | None = None,
     ) -> Float[Array, "batch seq d"]:
-        if positions is None and segment_ids is None and tokens.shape[1] > config.max_length:
+        count, virtual = count_virtual(params, config), None
+        length = count + tokens.shape[1]
+        if positions is None and segment_ids is None and length > config.max_length:
             raise InputError(
-                f"A sequence of {tokens.shape[1]} tokens: expected at most {config.max_length}, "
-                "the model's context. Shorten it, or pass segment_ids or positions if it is packed."
+                f"A sequence of {length} tokens{f', {count} of them virtual' if count else ''}: "
+                f"expected at most {config.max_length}, the model's context. Shorten it, or pass "
+                "segment_ids or positions if it is packed."
             )
         valid = as_valid(attention_mask, tokens)
-        if positions is None:
+        if count and segment_ids is not None:
+            raise InputError(
+                f"segment_ids for parameters with {count} virtual tokens: expected None, as each "
+                "document of a packed row would need them anew. Give each document a row."
+            )
+        if count:
+            tokens, valid, positions, virtual = with_virtual(count, tokens, valid, positions)
+        elif positions is None:
             positions = default_positions(valid, segment_ids)
         if loop is not None:
-            return looped(loop, params, tokens, positions, valid, segment_ids)
-        return nnx.merge(graphdef, params).hidden(
-            tokens, valid=valid, positions=positions, segment_ids=segment_ids
-        )
+            context = Context(*all_angles(config, positions), valid, segment_ids, virtual)
+            x = embed(params, tokens, virtual)
+            x = run_layers(loop, params["layers"], x, context, per_layer(config))
+        else:
+            x = merge(params).hidden(
+                tokens, valid=valid, positions=positions, segment_ids=segment_ids, virtual=virtual
+            )
+        return x[:, count:] if count else x
 
     def head(params: PyTree, hidden: Float[Array, "*lead d"]) -> Float[Array, "*lead vocab"]:
         if "layers" not in params:  # from `head_params`
             params = params | {"layers": abstract_params(config)["layers"]}
-        return nnx.merge(graphdef, params).head(hidden)
+        return merge(params).head(hidden)
 
     def apply(
         params: PyTree,
@@ -152,16 +173,27 @@ def decoder_functions(
                 f"{tokens.shape[1]} tokens for a cache of {slots} slots: expected at most {slots}. "
                 "Pass a larger max_len to init_cache."
             )
-        return nnx.merge(graphdef, params).decode(
+        hidden, new = merge(params).decode(
             tokens, cache, attention_mask=attention_mask, positions=positions
         )
+        if count := count_virtual(params, config):  # without them no answer, not a wrong one
+            hidden = jnp.where(cache.length >= count, hidden, jnp.nan)
+        return hidden, new
+
+    def begin(params: PyTree, cache: Cache) -> Cache:
+        count = count_virtual(params, config)
+        return merge(params).begin(cache, count) if count else cache
 
     whole = transform or _same
     if loop is None:
         hidden = whole(hidden)  # the loop's pieces are transformed already
     head = whole(head)
     return DecoderFunctions(
-        apply=apply, hidden=hidden, head=head, decode_hidden=whole(decode_hidden)
+        apply=apply,
+        hidden=hidden,
+        head=head,
+        decode_hidden=whole(decode_hidden),
+        begin=whole(begin),
     )
 
 
@@ -176,23 +208,29 @@ def _layer_functions(
     attention: AttentionKind,
 ) -> LayerFunctions:
     """One layer's pieces as functions of its parameters."""
-    abstract = nnx.eval_shape(
-        lambda: Layer(config, dtype=jnp.dtype(dtype), attention=attention, rngs=nnx.Rngs(0))
-    )
-    graphdef, _ = nnx.split(abstract)
+
+    @cached
+    def abstract(prefix: bool) -> Layer:
+        how: dict[str, Any] = dict(dtype=jnp.dtype(dtype), attention=attention, prefix=prefix)
+        return nnx.eval_shape(lambda: Layer(config, **how, rngs=nnx.Rngs(0)))
+
+    def merge(params: PyTree) -> Layer:
+        return nnx.merge(nnx.split(abstract(has_prefix(params)))[0], params)
 
     def piece(name: str) -> Callable[..., Any]:
-        return transform(lambda params, *args: getattr(nnx.merge(graphdef, params), name)(*args))
+        return transform(lambda params, *args: getattr(merge(params), name)(*args))
+
+    attends = abstract(False).self_attn
 
     return LayerFunctions(
         keys_values=piece("keys_values"),
         queries=piece("queries"),
         queries_keys_values=piece("queries_keys_values"),
         finish=piece("finish"),
-        attend=abstract.self_attn.attend,
+        attend=attends.attend,
         whole_rows=attention == "cudnn",
-        scale=abstract.self_attn.scale,
-        softcap=abstract.self_attn.softcap,
+        scale=attends.scale,
+        softcap=attends.softcap,
     )
 
 
@@ -272,6 +310,8 @@ def _abstract_decoder(
     compute_dtype: DTypeLike,
     remat: str = "none",
     attention: str = "blocks",
+    prompt: bool = False,
+    prefix: bool = False,
 ) -> Decoder:
     validate_config(config)
     dtype = jnp.dtype(compute_dtype)
@@ -285,7 +325,7 @@ def _abstract_decoder(
         )
     if attention == "cudnn":
         check_model(config, dtype)
-    how: dict[str, Any] = {"remat": remat, "attention": attention}
+    how: dict[str, Any] = dict(remat=remat, attention=attention, prompt=prompt, prefix=prefix)
     return nnx.eval_shape(lambda: Decoder(config, dtype=dtype, **how, rngs=nnx.Rngs(0)))
 
 
@@ -367,9 +407,21 @@ class Model:
         """Return float32 logits of final hidden states, e.g. of some positions only."""
         return self.functions.head(params, hidden)
 
-    def init_cache(self, batch: int, max_len: int) -> Cache:
-        """Allocate a cache for `decode`: `max_len` tokens a row, padding included."""
-        return init_cache(self.config, batch, max_len, dtype=self.compute_dtype)
+    def init_cache(self, batch: int, max_len: int, params: PyTree | None = None) -> Cache:
+        """Allocate a cache for `decode`.
+
+        Args:
+            batch: Rows.
+            max_len: Tokens a row can hold, padding included and virtual tokens not.
+            params: The parameter tree, if it has virtual tokens: the cache begins with them, and
+                `decode` gives NaN for one that does not.
+
+        Raises:
+            InputError: More tokens than the model's context.
+        """
+        count = count_virtual(params, self.config)
+        cache = init_cache(self.config, batch, count + max_len, dtype=self.compute_dtype)
+        return self.functions.begin(params, cache) if count else cache
 
     def decode(
         self,
