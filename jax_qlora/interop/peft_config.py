@@ -244,8 +244,8 @@ def _refuse_unhandled(raw: dict[str, Any], path: Path) -> None:
     kind = raw.get("peft_type")
     if kind != "LORA":
         raise InputError(
-            f"{path}: peft_type is {kind!r}, expected 'LORA', 'PROMPT_TUNING', "
-            "'PREFIX_TUNING' or 'P_TUNING'. Other kinds of adapters are not supported."
+            f"{path}: peft_type is {kind!r}, expected 'LORA'. Beside it load_adapter reads prompts "
+            "and prefixes (PROMPT_TUNING, PREFIX_TUNING, P_TUNING); other kinds are not supported."
         )
     init = raw.get("init_lora_weights", True)
     if init is not None and init not in _PLAIN_INITS:

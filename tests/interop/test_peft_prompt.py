@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 import jax_qlora as jq
 from jax_qlora.errors import InputError
+from jax_qlora.interop.hf import tensor_names
 from tests.tiny import quantized, tiny_model
 
 STARTS = {"PROMPT_TUNING": jq.init_prompt, "PREFIX_TUNING": jq.init_prefix}
@@ -99,6 +100,12 @@ def test_values_that_are_not_finite_are_neither_written_nor_read(model: Any, tmp
     save_file({"prompt_embeddings": np.asarray(broken["prompt"].values)}, file)
     with pytest.raises(InputError, match="not finite"):
         jq.load_adapter(tmp_path / "a", model)
+
+
+@pytest.mark.parametrize("path", ["prompt", "layers/self_attn/prefix/k"])
+def test_no_file_of_weights_has_a_place_for_them(model: Any, path: str):
+    with pytest.raises(InputError, match="virtual tokens have no place among the weights"):
+        tensor_names(path, model.config)
 
 
 def test_another_tree_has_no_virtual_tokens(model: Any, tmp_path: Path):

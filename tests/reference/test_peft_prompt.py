@@ -128,6 +128,18 @@ def test_padding_on_the_right_and_generation(
     mask[1, 13:] = False
     got = our_logits(ours, virtual, tokens, jnp.asarray(mask))
     np.testing.assert_allclose(got[mask], their_logits(torch, model, tokens, mask)[mask], atol=5e-4)
+    # on the left it changes nothing; PEFT has to be told the positions, and takes none of a prompt
+    left = jnp.asarray(mask[:, ::-1])
+    got = our_logits(ours, virtual, tokens[:, ::-1], left)
+    alone = our_logits(ours, virtual, tokens[1:, ::-1][:, 7:])
+    np.testing.assert_allclose(got[1:, 7:], alone, atol=5e-4)
+    ids = torch.from_numpy(np.asarray(tokens[:, ::-1], np.int64))
+    places = torch.from_numpy(np.maximum(np.cumsum(np.asarray(left), 1) - 1, 0))
+    with torch.no_grad():
+        want = model(ids, attention_mask=torch.from_numpy(np.asarray(left, np.int64)),
+                     position_ids=places).logits.numpy()[:, -20:]  # fmt: skip
+    difference = np.abs(got - want)[np.asarray(left)].max()
+    assert difference < 5e-4 if kind == "prefix" else difference > 1e-2
     prompt = tokens[:1, :9]
     ids = torch.from_numpy(np.asarray(prompt, np.int64))
     with torch.no_grad():
