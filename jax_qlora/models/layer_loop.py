@@ -23,7 +23,7 @@ from jax import lax
 
 from ..errors import InputError
 from ..typing import Array, Float, PyTree
-from . import blockwise_attention as blockwise
+from . import attention_blocks as blockwise
 from .per_layer import PerLayer
 from .rope import Angles
 from .trained import Trained, add, cast_like, find_trained, instantiate, values_of, zeros_of

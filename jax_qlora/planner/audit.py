@@ -16,7 +16,7 @@ import jax
 
 from ..config import Config
 from ..models import DecoderConfig
-from ..models.blockwise_attention import BLOCK
+from ..models.attention_blocks import BLOCK
 from ..quant import QuantizedArray
 from ..train.shapes import Run
 from .program import Instruction, Program, Shape, is_buffer

@@ -10,7 +10,8 @@ import pytest
 import jax_qlora as jq
 from jax_qlora.models import decoder_functions, layer
 from jax_qlora.models.attention import attention_mask_of, grouped_query_attention
-from jax_qlora.models.blockwise_attention import BLOCK, blockwise_attention
+from jax_qlora.models.attention_blocks import BLOCK
+from jax_qlora.models.blockwise_attention import blockwise_attention
 
 from ..helpers import assert_trees_close, normal
 from ..lift.walk import shapes_of
