@@ -42,7 +42,7 @@ HELD = {
     "layers in NF4": {"method": "qlora"},
     "layers, embedding and head in NF4": {"method": "qlora", "quant.embeddings": True},
 }
-STEPS, EXAMPLES = 20, 64
+STEPS, EXAMPLES = 16, 48
 
 
 def measure(decoder: DecoderConfig, data: Data, models: Sequence[Any]) -> list[tuple[float, float]]:
