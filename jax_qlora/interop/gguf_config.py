@@ -77,7 +77,7 @@ def config_from_gguf(
         eos_token_ids=tuple(ends),
         pad_token_id=token("padding"),
     )
-    config = DecoderConfig(**(fields | known.fixed | known.read(keys, fields)))
+    config = DecoderConfig(**{**fields, **known.fixed, **known.read(keys, fields)})
     keys.refuse_rest()
     try:
         return validate_config(config)

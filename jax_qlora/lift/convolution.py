@@ -72,7 +72,7 @@ def convolution(eqn: JaxprEqn, values: list[Any]) -> list[Any] | None:
         return None
     dtype = aval_of(eqn.outvars[0]).dtype
     if isinstance(base, QuantizedArray):
-        y = _frozen(window, view, tuple(x.shape), dtype, x, base)
+        y: Any = _frozen(window, view, tuple(x.shape), dtype, x, base)
     else:  # a dense base: the very equation the model wrote
         y = bind_eqn(eqn, [x, view.apply(base)])[0]
     if isinstance(leaf, LoraArray):
