@@ -72,7 +72,8 @@ class LoraConfig:
     """DoRA: the update turns each output row of a weight, and its length trains apart. Slower: the
     rows of each weight are summed anew in every step."""
     targets: str | tuple[str, ...] = "all-linear"
-    """Weights to adapt: "all-linear" (every linear but the head), name suffixes, or one regex."""
+    """Weights to adapt: "all-linear" (every linear but the head), name suffixes, or one regex.
+    "qkv_proj[q,v]" in a list of names means those parts of a fused weight."""
     rank_pattern: dict[str, Count] = field(default_factory=dict)
     """Rank of the targets whose name matches, for example {"v_proj" = 8}."""
     alpha_pattern: dict[str, Positive] = field(default_factory=dict)

@@ -73,9 +73,11 @@ def estimate(decoder: DecoderConfig, config: Config, targets: Targets | None, *,
             else:
                 base, constants = base + codes, constants + extra
         for target in chosen:
-            rank = pick_by_pattern(target.path, config.lora.rank_pattern, config.lora.rank)
-            rows, cols = target.layout.rows, target.layout.cols
-            adapter += math.prod(target.lead) * rank * (rows + cols)
+            rank = pick_by_pattern(target, config.lora.rank_pattern, config.lora.rank)
+            parts = target.chosen_rows or ((0, target.layout.rows),)
+            outputs = sum(stop - start for start, stop in parts)
+            inputs = len(parts) * target.layout.cols
+            adapter += math.prod(target.lead) * rank * (outputs + inputs)
         replaced, rows = _trained_beside(decoder, config, beside)
         adapter += replaced + rows
         trainable, parameters = 4 * adapter, adapter
@@ -164,7 +166,7 @@ def _of_experts(decoder: DecoderConfig, config: Config, chosen: list[Target]) ->
     updates = 0
     for target in chosen:
         if len(target.lead) == 2:
-            rank = pick_by_pattern(target.path, config.lora.rank_pattern, config.lora.rank)
+            rank = pick_by_pattern(target, config.lora.rank_pattern, config.lora.rank)
             updates += 4 * target.lead[1] * rank * (target.layout.rows + target.layout.cols)
     return decoder.n_experts * kernels + 3 * updates
 
@@ -176,12 +178,13 @@ def _temporaries(
     tokens, d, layers = config.train.batch_size * seq, decoder.d_model, decoder.n_layers
     q, kv, ff = decoder.n_heads * decoder.head_dim, _kv(decoder), decoder.d_ff
     inner = 0 if decoder.n_experts else ff  # of the MLP that every token goes through
+    wide = (1 + decoder.gated) * inner  # what goes into its activation
     looped = config.train.remat in ("full", "offload")
     kept = {  # 16-bit values that a token leaves behind in each layer
         "offload": 0,
         "full": d,
-        "dots": 2 * d + q + 2 * kv + 2 * inner,
-        "none": 2 * d + 2 * q + 2 * kv + 2 * inner,
+        "dots": 2 * d + q + 2 * kv + wide,
+        "none": 2 * d + 2 * q + 2 * kv + wide,
     }[config.train.remat]
     saved = 2 * layers * tokens * kept
     stream = 4 * tokens * d if config.train.remat == "offload" else 2 * tokens * d

@@ -80,7 +80,7 @@ def _kernels(decoder: DecoderConfig) -> int:
     d, q = decoder.d_model, decoder.n_heads * decoder.head_dim
     kv = decoder.n_kv_heads * decoder.head_dim
     router, experts = d * decoder.n_experts, max(decoder.experts_per_token, 1)
-    mlp = router + experts * 3 * d * decoder.d_ff
+    mlp = router + experts * (2 + decoder.gated) * d * decoder.d_ff
     return decoder.n_layers * (2 * d * q + 2 * d * kv + mlp)
 
 

@@ -65,6 +65,7 @@ def save_gguf_lora(
     """
     for path, pair in adapter.items():
         _check(path, pair, config)
+    adapter = {path: pair.whole() for path, pair in adapter.items()}
     alphas = [pair.scale * pair.rank for pair in adapter.values()]
     planned: dict[str, GGUFPlan] = {}
     updates = 0

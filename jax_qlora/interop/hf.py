@@ -13,6 +13,12 @@ _RENAMED = {
     "mixtral": {
         "mlp": "block_sparse_moe", "gate_proj": "w1", "up_proj": "w3", "down_proj": "w2",
     },
+    "gpt2": {
+        "model": "transformer", "embed_tokens": "wte", "embed_positions": "wpe", "layers": "h",
+        "input_layernorm": "ln_1", "self_attn": "attn", "qkv_proj": "c_attn", "o_proj": "c_proj",
+        "post_attention_layernorm": "ln_2", "up_proj": "c_fc", "down_proj": "c_proj",
+        "norm": "ln_f",
+    },
 }  # fmt: skip
 
 
@@ -35,14 +41,11 @@ def tensor_names(path: str, config: DecoderConfig) -> tuple[str, ...]:
             f"'{path}': virtual tokens have no place among the weights of a model: expected "
             "parameters without them. Save them with save_adapter, beside the model."
         )
-    module, _, kind = path.replace("/", ".").rpartition(".")
-    name = f"{module}.{'bias' if kind == 'bias' else 'weight'}"
-    renamed = _RENAMED.get(config.family, {})
-    name = ".".join(renamed.get(part, part) for part in name.split("."))
+    name = unnumbered_name(path, config)
     if not path.startswith("layers/"):
-        return (name if path.startswith("lm_head/") else f"model.{name}",)
-    rest = name.removeprefix("layers.")
-    names = (f"model.layers.{i}.{rest}" for i in range(config.n_layers))
+        return (name,)
+    layers, rest = name.split(".", 2)[:2], name.split(".", 2)[2]
+    names = (".".join((*layers, str(i), rest)) for i in range(config.n_layers))
     if not is_expert(path):
         return tuple(names)
     pairs = (name.partition(".experts.") for name in names)
@@ -51,6 +54,20 @@ def tensor_names(path: str, config: DecoderConfig) -> tuple[str, ...]:
         for layer, _, module in pairs
         for i in range(config.n_experts)
     )
+
+
+def unnumbered_name(path: str, config: DecoderConfig) -> str:
+    """Return a parameter's name in a checkpoint, but for the numbers of layers and experts.
+
+    >>> from jax_qlora.models.presets import GPT_2
+    >>> unnumbered_name("layers/self_attn/qkv_proj/kernel", GPT_2)
+    'transformer.h.attn.c_attn.weight'
+    """
+    *module, kind = path.split("/")
+    renamed = _RENAMED.get(config.family, {})
+    top = [] if path.startswith("lm_head/") else ["model"]
+    parts = [*top, *module, "bias" if kind == "bias" else "weight"]
+    return ".".join(renamed.get(part, part) for part in parts)
 
 
 def tensor_indices(path: str, config: DecoderConfig) -> tuple[tuple[int, ...], ...]:
@@ -96,7 +113,9 @@ def parameter_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
 
 
 def tensor_shape(path: str, config: DecoderConfig) -> tuple[int, ...]:
-    """Return the shape of each of a parameter's tensors in a checkpoint: kernels are `[out, in]`.
+    """Return the shape of each of a parameter's tensors in torch's layout: kernels `[out, in]`.
+
+    That is what readers see, and what is stored unless `is_conv1d` says otherwise.
 
     >>> from jax_qlora.models.presets import TINY
     >>> tensor_shape("layers/mlp/up_proj/kernel", TINY)
@@ -105,3 +124,26 @@ def tensor_shape(path: str, config: DecoderConfig) -> tuple[int, ...]:
     shape = parameter_shapes(config)[path]
     shape = shape[n_lead(path) :]
     return shape[::-1] if path.endswith("/kernel") else shape
+
+
+def is_conv1d(path: str, config: DecoderConfig) -> bool:
+    """Return whether checkpoints have a parameter `[in, out]`: linears of GPT-2, `Conv1D` there."""
+    return config.family == "gpt2" and is_linear(path)
+
+
+def is_transposed(path: str, config: DecoderConfig) -> bool:
+    """Return whether checkpoints have a parameter `[out, in]` and this library `[in, out]`."""
+    return path.endswith("/kernel") and not is_conv1d(path, config)
+
+
+def stored_shape(path: str, config: DecoderConfig) -> tuple[int, ...]:
+    """Return the shape of each of a parameter's tensors as Hugging Face stores them.
+
+    >>> from jax_qlora.models.presets import GPT_2, TINY
+    >>> stored_shape("layers/mlp/up_proj/kernel", TINY)
+    (64, 32)
+    >>> stored_shape("layers/mlp/up_proj/kernel", GPT_2)
+    (768, 3072)
+    """
+    shape = tensor_shape(path, config)
+    return shape[::-1] if is_conv1d(path, config) else shape

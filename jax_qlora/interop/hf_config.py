@@ -66,18 +66,24 @@ def config_from_hf(raw: Mapping[str, Any], *, where: str = "config.json") -> Dec
             f"{where}: architectures is {raw['architectures']}, which is not implemented: expected "
             f"['{family.architecture}']."
         )
-    keys = Keys(raw, where, family.absent, family.neutral)
+    keys = Keys(raw, where, family.absent, family.neutral, family.spelling)
     keys.pop("model_type")
     keys.pop("quantization_config")  # interop.bnb reads it
     n_heads, d_model = keys.integer("num_attention_heads"), keys.integer("hidden_size")
     n_kv_heads = keys.integer("num_key_value_heads", optional=True)
     head_dim = keys.integer("head_dim", optional=True)
+    if family.spelling.get("head_dim", "") is None and d_model % max(n_heads, 1):
+        raise InputError(
+            f"{where}: n_embd is {d_model}; expected a multiple of the {n_heads} heads (n_head)."
+        )
     n_layers = keys.integer("num_hidden_layers")
+    # null where a family has a default width
+    d_ff = keys.integer("intermediate_size", optional="n_inner" in family.absent)
     fields = dict(
         family=name,
         vocab_size=keys.integer("vocab_size"),
         d_model=d_model,
-        d_ff=keys.integer("intermediate_size"),
+        d_ff=4 * d_model if d_ff is None else d_ff,
         n_layers=n_layers,
         n_heads=n_heads,
         n_kv_heads=n_heads if n_kv_heads is None else n_kv_heads,
@@ -112,7 +118,7 @@ def config_to_hf(config: DecoderConfig, *, dtype: str) -> dict[str, Any]:
     """
     family = FAMILIES[config.family]
     ends = list(config.eos_token_ids)
-    written = {
+    shared = {
         "architectures": [family.architecture],
         "attention_dropout": 0.0,
         "bos_token_id": config.bos_token_id,
@@ -133,7 +139,10 @@ def config_to_hf(config: DecoderConfig, *, dtype: str) -> dict[str, Any]:
         "tie_word_embeddings": config.tied,
         "torch_dtype": dtype,
         "vocab_size": config.vocab_size,
-    } | family.write(config)
+    }
+    names = {key: family.spelling.get(key, key) for key in shared}
+    written = {name: shared[key] for key, name in names.items() if name is not None}
+    written |= family.write(config)
     again = vars(config_from_hf(written))
     lost = [f"{k} = {v!r}" for k, v in vars(config).items() if v != again[k]]
     if lost:

@@ -26,6 +26,7 @@ class Family(NamedTuple):
         read: Takes the keys that not all families have: `(keys, n_layers) -> fields`.
         write: The inverse: the keys that not all families have.
         neutral: Keys without effect, and the values at which they have none; None: any value.
+        spelling: What the family calls keys that all others share; None: it has no such key.
     """
 
     architecture: str
@@ -34,6 +35,7 @@ class Family(NamedTuple):
     read: Callable[[Keys, int], dict[str, Any]]
     write: Callable[[DecoderConfig], dict[str, Any]]
     neutral: Mapping[str, tuple[Any, ...] | None]
+    spelling: Mapping[str, str | None] = {}
 
 
 def _read_llama(keys: Keys, n_layers: int) -> dict[str, Any]:
@@ -183,6 +185,18 @@ def _write_qwen3_moe(config: DecoderConfig) -> dict[str, Any]:
         "norm_topk_prob": config.normalize_routing,
         "decoder_sparse_step": 1,
         "mlp_only_layers": [],
+    }
+
+
+def _read_gpt2(keys: Keys, n_layers: int) -> dict[str, Any]:
+    # scores are divided by the root of the width of a head, or of 1
+    return {} if keys.boolean("scale_attn_weights") else {"query_pre_attn_scalar": 1.0}
+
+
+def _write_gpt2(config: DecoderConfig) -> dict[str, Any]:
+    return {
+        "activation_function": "gelu_new",
+        "scale_attn_weights": config.query_pre_attn_scalar is None,
     }
 
 
@@ -400,6 +414,58 @@ FAMILIES: dict[str, Family] = {
         _read_gemma3,
         _write_gemma3,
         _GEMMA_LIKE,
+    ),
+    "gpt2": Family(
+        "GPT2LMHeadModel",
+        {
+            "qkv_bias": True,
+            "out_bias": True,
+            "mlp_bias": True,
+            "fused": True,
+            "gated": False,
+            "layer_norm": True,
+            "learned_positions": True,
+            "activation": "gelu_tanh",
+        },
+        {
+            "vocab_size": 50_257,
+            "n_positions": 1024,
+            "n_embd": 768,
+            "n_layer": 12,
+            "n_head": 12,
+            "n_inner": None,  # four times n_embd
+            "layer_norm_epsilon": 1e-5,
+            "scale_attn_weights": True,
+            "tie_word_embeddings": True,
+            "bos_token_id": 50_256,
+            "eos_token_id": 50_256,
+        },
+        _read_gpt2,
+        _write_gpt2,
+        {
+            "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+            "scale_attn_by_inverse_layer_idx": (False,),
+            "reorder_and_upcast_attn": None,  # scores are in float32 here in any case
+            # dropout of the base in training: only adapters have dropout here
+            **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop")),
+            # of heads that are no language model's, and what the code no longer reads
+            **dict.fromkeys(
+                ("summary_type", "summary_use_proj", "summary_activation")
+                + ("summary_proj_to_labels", "summary_first_dropout", "n_ctx", "_num_labels")
+            ),
+        },
+        {
+            "hidden_size": "n_embd",
+            "intermediate_size": "n_inner",
+            "max_position_embeddings": "n_positions",
+            "num_attention_heads": "n_head",
+            "num_hidden_layers": "n_layer",
+            "rms_norm_eps": "layer_norm_epsilon",
+            **dict.fromkeys(
+                ("attention_dropout", "head_dim", "hidden_act", "num_key_value_heads")
+                + ("rope_scaling", "rope_theta")
+            ),
+        },
     ),
 }
 """By `model_type`."""

@@ -51,6 +51,8 @@ class Keys:
         where: What to call it in messages.
         absent: What a missing key means, where that is not "it must be there".
         neutral: Further keys that change nothing, and the values at which they do not; None: any.
+        spelling: What a key is called in the file, where that is not its name here; None: the file
+            has no such key.
     """
 
     def __init__(
@@ -59,15 +61,18 @@ class Keys:
         where: str,
         absent: Mapping[str, Any] | None = None,
         neutral: Mapping[str, tuple[Any, ...] | None] | None = None,
+        spelling: Mapping[str, str | None] | None = None,
     ):
         self.where = where
         self.absent = absent or {}
         self.neutral = {**dict.fromkeys(_HARMLESS), **_NEUTRAL, **(neutral or {})}
+        self.spelling = spelling or {}
         self.rest = dict(raw)
 
     def pop(self, key: str) -> Any:
         """Take a value as it is, null included; what a missing key means, or None."""
-        return self.rest.pop(key, self.absent.get(key))
+        name = self.spelling.get(key, key)
+        return None if name is None else self.rest.pop(name, self.absent.get(name))
 
     def integer(self, key: str, *, optional: bool = False) -> Any:
         """Take a whole number, or None if that is allowed."""
@@ -97,7 +102,8 @@ class Keys:
     def _typed(self, key: str, what: str, ok: Any, optional: bool) -> Any:
         value = self.pop(key)
         if not ok(value) and not (optional and value is None):
-            raise InputError(f"{self.where}: {key} is {value!r}; expected {what}.")
+            name = self.spelling.get(key, key)
+            raise InputError(f"{self.where}: {name} is {value!r}; expected {what}.")
         return value
 
     def refuse_rest(self) -> None:

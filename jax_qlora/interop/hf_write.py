@@ -17,7 +17,7 @@ from ..lora.array import LoraArray, is_special, materialize
 from ..models import DecoderConfig
 from ..tree import flatten_paths
 from ..typing import PyTree
-from .hf import parameter_shapes, tensor_indices, tensor_names, tensor_shape
+from .hf import is_transposed, parameter_shapes, stored_shape, tensor_indices, tensor_names
 from .hf_config import config_to_hf
 from .model_card import Origin, model_card
 from .output import new_directory
@@ -198,7 +198,7 @@ def checked_leaves(params: PyTree, config: DecoderConfig) -> dict[str, Any]:
 def plan_dense(
     path: str, leaf: Any, config: DecoderConfig, dtype: Any
 ) -> Iterator[tuple[str, PlannedTensor]]:
-    """Plan a parameter's tensors, dense and in torch's layout.
+    """Plan a parameter's tensors, dense and as Hugging Face stores them.
 
     Args:
         path: The parameter's path.
@@ -207,10 +207,10 @@ def plan_dense(
         dtype: dtype of the tensors, or None for the parameter's own.
     """
     kind = np.dtype(jnp.dtype(dtype or leaf.dtype))
-    shape = tensor_shape(path, config)
+    shape = stored_shape(path, config)
     names = zip(tensor_indices(path, config), tensor_names(path, config), strict=True)
     for index, name in names:
-        make = partial(dense_tensor, leaf, index, path.endswith("/kernel"), kind, name)
+        make = partial(dense_tensor, leaf, index, is_transposed(path, config), kind, name)
         yield name, PlannedTensor(dtype=kind, shape=shape, make=make)
 
 

@@ -139,7 +139,7 @@ def stored_dtype(
     """
     name = tensor_names(path, config)[0]
     in_4_bits = bnb_parts(tensors, name) is not None
-    own = tensors["model.embed_tokens.weight" if in_4_bits else name].dtype
+    own = tensors[tensor_names(EMBEDDINGS[0], config)[0] if in_4_bits else name].dtype
     return np.dtype(jnp.dtype(own if path.endswith("/scale") or dtype is None else dtype))
 
 
@@ -311,7 +311,7 @@ def _check_names(tensors: Mapping[str, Any], config: DecoderConfig, where: str) 
     # a buffer that old versions of transformers saved: it follows from the configuration
     unused = [n for n in tensors if n not in used and not n.endswith("rotary_emb.inv_freq")]
     if config.tied and "lm_head.weight" in unused:
-        _check_tied(tensors, where)
+        _check_tied(tensors, tensor_names("embed_tokens/embedding", config)[0], where)
         unused.remove("lm_head.weight")
     if missing or unused:
         lists = [
@@ -326,12 +326,12 @@ def _check_names(tensors: Mapping[str, Any], config: DecoderConfig, where: str) 
         )
 
 
-def _check_tied(tensors: Mapping[str, Any], where: str) -> None:
-    head, table = tensors["lm_head.weight"], tensors["model.embed_tokens.weight"]
+def _check_tied(tensors: Mapping[str, Any], embedding: str, where: str) -> None:
+    head, table = tensors["lm_head.weight"], tensors[embedding]
     if head.shape != table.shape or not np.array_equal(head.read(), table.read()):
         raise InputError(
             f"{where}: config.json says tie_word_embeddings, but 'lm_head.weight' differs from "
-            "'model.embed_tokens.weight'. Set tie_word_embeddings to false in config.json if the "
+            f"'{embedding}'. Set tie_word_embeddings to false in config.json if the "
             "head is its own."
         )
 

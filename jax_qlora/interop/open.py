@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from ..models import DecoderConfig
 from .bnb import check_quantization
 from .download import resolve
+from .gpt2 import gpt2_tensors
 from .hf_config import read_config
 from .safetensors import read_directory
 
@@ -44,7 +45,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         return Checkpoint(path, *read_gguf(path), None)
     config, raw = read_config(path)
     check_quantization(raw, where=f"'{path / 'config.json'}'")
-    return Checkpoint(path, config, read_directory(path), raw)
+    tensors = gpt2_tensors(read_directory(path), config)
+    return Checkpoint(path, config, tensors, raw)
 
 
 def find_tokenizer(path: Path) -> Any:

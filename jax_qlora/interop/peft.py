@@ -104,7 +104,8 @@ def save_adapter(
     if virtual:
         return _save_virtual(path, virtual, others, model, base_model)
     slots = find_slots(model, names)
-    pairs = {p: x for p, x in adapter.items() if isinstance(x, LoraPair)}
+    # PEFT has no parts of kernels: their factors are written as one pair, `b` block-diagonal
+    pairs = {p: x.whole() for p, x in adapter.items() if isinstance(x, LoraPair)}
     dora = {pair.magnitude is not None for pair in pairs.values()}
     if len(dora) > 1:
         raise InputError(
@@ -137,7 +138,12 @@ def save_adapter(
     if not ranks.keys().isdisjoint(parameters):
         dropout = 0.0
     config = make_config(ranks, scales, slots, parameters, dropout=dropout, **settings)
-    text = config_json(config, base_model=base_model, causal_lm=isinstance(model, Model))
+    text = config_json(
+        config,
+        base_model=base_model,
+        causal_lm=isinstance(model, Model),
+        fan_in_fan_out=isinstance(model, Model) and model.config.family == "gpt2",
+    )
     write_adapter(path, tensors, text, tokenizer)
     return SavedAdapter(
         path=path,

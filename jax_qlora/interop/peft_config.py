@@ -386,13 +386,23 @@ def _defaults_and_patterns(values: Mapping[str, Any]) -> tuple[Any, dict[str, An
     return default, {m: full[m] for m in sorted(full, key=len, reverse=True)}
 
 
-def config_json(config: PeftConfig, *, base_model: str | None, causal_lm: bool) -> str:
-    """The text of an adapter_config.json that current PEFT loads."""
+def config_json(
+    config: PeftConfig, *, base_model: str | None, causal_lm: bool, fan_in_fan_out: bool = False
+) -> str:
+    """The text of an adapter_config.json that current PEFT loads.
+
+    Args:
+        config: What the adapter changes.
+        base_model: Name or path of the base model, or None.
+        causal_lm: Whether the base is a language model.
+        fan_in_fan_out: Whether its linears are stored `[in, out]`.
+    """
     targets = config.target_modules
     document = {
         "base_model_name_or_path": base_model,
         "bias": config.bias,
         "ensure_weight_tying": config.tied,
+        "fan_in_fan_out": fan_in_fan_out,
         "inference_mode": True,
         "lora_alpha": int(config.alpha) if config.alpha == int(config.alpha) else config.alpha,
         "lora_dropout": config.dropout,

@@ -9,13 +9,12 @@ import numpy as np
 
 from ..errors import InputError
 from ..models import Model
+from .hf import tensor_names
 from .peft_config import PeftConfig
 from .peft_layers import EMBEDDING_A, EMBEDDING_B, A, B
 from .peft_whole import PREFIX
 
-_EMBEDDING, _HEAD = f"{PREFIX}model.embed_tokens", f"{PREFIX}lm_head"
-# the head's factors are the embedding's, transposed
-_TIED = {_EMBEDDING + EMBEDDING_A: _HEAD + B, _EMBEDDING + EMBEDDING_B: _HEAD + A}
+_HEAD = f"{PREFIX}lm_head"
 
 
 def add_copies(tensors: dict[str, np.ndarray], model: Model) -> bool:
@@ -28,8 +27,9 @@ def add_copies(tensors: dict[str, np.ndarray], model: Model) -> bool:
     Returns:
         Whether there are some: the configuration must then say that they are tied.
     """
-    tied = model.config.tied and _EMBEDDING + EMBEDDING_A in tensors
-    for own, copy in _TIED.items() if tied else ():
+    copies = _copies(model)
+    tied = model.config.tied and all(own in tensors for own in copies)
+    for own, copy in copies.items() if tied else ():
         tensors[copy] = np.ascontiguousarray(tensors[own].T)
     return tied
 
@@ -43,10 +43,12 @@ def without_copies(
         InputError: they are not what they should be copies of.
     """
     tensors = dict(tensors)
-    if not all(key in tensors for key in _TIED):
+    copies = _copies(model)
+    if not all(key in tensors for key in copies):
         return tensors
     leaf = model.params["embed_tokens"]["embedding"]
-    for key in _present((f"{x}.base_layer.weight" for x in (_EMBEDDING, _HEAD)), tensors):
+    bases = (f"{x}.base_layer.weight" for x in (_embedding(model), _HEAD))
+    for key in _present(bases, tensors):
         found = tensors.pop(key)
         # a quantized embedding, or one of shapes alone, has no values to be equal to
         dense = isinstance(leaf, jax.Array | np.ndarray)
@@ -65,13 +67,24 @@ def without_copies(
             "expected embedding and output head to change together, as they are one weight "
             "here. Train it with ensure_weight_tying=True."
         )
-    for own, copy in _TIED.items():
+    for own, copy in copies.items():
         if copy in tensors and not np.array_equal(tensors.pop(copy), tensors[own].T):
             raise InputError(
                 f"the adapter at {path} has different updates of embedding and output head, "
                 "which are one weight in this model. Merge it with PEFT."
             )
     return tensors
+
+
+def _embedding(model: Model) -> str:
+    (name,) = tensor_names("embed_tokens/embedding", model.config)
+    return PREFIX + name.removesuffix(".weight")
+
+
+def _copies(model: Model) -> dict[str, str]:
+    """The head's factors by the embedding's, which they are the transposes of."""
+    embedding = _embedding(model)
+    return {embedding + EMBEDDING_A: _HEAD + B, embedding + EMBEDDING_B: _HEAD + A}
 
 
 def _present(keys: Iterable[str], tensors: Mapping[str, np.ndarray]) -> list[str]:

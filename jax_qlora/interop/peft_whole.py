@@ -16,7 +16,7 @@ from ..lora.array import is_special, materialize
 from ..models import Model
 from ..quant.layout import KernelLayout
 from ..tree import flatten_paths
-from .hf import n_lead, tensor_indices, tensor_names, tensor_shape
+from .hf import is_transposed, n_lead, stored_shape, tensor_indices, tensor_names
 from .peft_config import PeftConfig
 
 PREFIX = "base_model.model."
@@ -57,7 +57,7 @@ def whole_tensors(config: PeftConfig, model: Model, targets: Iterable[str]) -> d
         names = tensor_names(path, model.config)
         for index, name in zip(tensor_indices(path, model.config), names, strict=True):
             module, _, kind = name.rpartition(".")
-            entry = Whole(path=path, index=index, shape=tensor_shape(path, model.config))
+            entry = Whole(path=path, index=index, shape=stored_shape(path, model.config))
             if config.is_saved(module):
                 if path == "embed_tokens/embedding" and model.config.tied:
                     _check_tied(config.tied, "modules_to_save")
@@ -69,7 +69,9 @@ def whole_tensors(config: PeftConfig, model: Model, targets: Iterable[str]) -> d
                 found[bias_key(module, targets)] = entry
             elif kind == "weight":
                 for end, indices in config.tokens.items():
-                    if module == end or module.endswith(f".{end}"):
+                    # PEFT's name of the embedding, whatever the model calls it
+                    is_embedding = end == "embed_tokens" and path == "embed_tokens/embedding"
+                    if is_embedding or module == end or module.endswith(f".{end}"):
                         _check_rows(indices, entry.shape[0], module)
                         shape = (len(indices), entry.shape[-1])
                         found[PREFIX + module + _TOKENS] = Whole(
@@ -123,7 +125,7 @@ def read_whole(
             rows = jnp.asarray(tensors[key])
             adapter[entry.path] = TokenRows(rows=rows, indices=entry.tokens, layout=layout)
             continue
-        value = tensors[key].T if entry.path.endswith("/kernel") else tensors[key]
+        value = tensors[key].T if is_transposed(entry.path, model.config) else tensors[key]
         stacks.setdefault(entry.path, {})[entry.index] = value
     for path, parts in stacks.items():
         shape = tuple(leaves[path].shape)
@@ -199,7 +201,7 @@ def write_whole(
             )
         for index, name in zip(tensor_indices(path, model.config), names, strict=True):
             part = full[index]
-            weight = np.ascontiguousarray(part.T if path.endswith("/kernel") else part)
+            weight = np.ascontiguousarray(part.T if is_transposed(path, model.config) else part)
             own = name.rpartition(".")[0]
             if alone:
                 biases.add(name)
@@ -218,7 +220,8 @@ def write_whole(
                 "or those of the modules that have updates, which is what PEFT's bias can say."
             )
         settings["bias"] = "lora_only" if others else "all"
-    if model.config.tied and "model.embed_tokens" in modules:
+    (embedding,) = tensor_names("embed_tokens/embedding", model.config)
+    if model.config.tied and embedding.removesuffix(".weight") in modules:
         settings["tied"] = True
     if bad := [k.removeprefix(PREFIX) for k, x in tensors.items() if not np.isfinite(x).all()]:
         raise InputError(

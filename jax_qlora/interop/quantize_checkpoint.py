@@ -93,7 +93,7 @@ def quantize_checkpoint(
         else:
             make = partial(_read, tensor, dtype)
             planned[name] = PlannedTensor(dtype=dtype, shape=tensor.shape, make=make)
-    dtype = str(planned["model.embed_tokens.weight"].dtype)
+    dtype = str(planned[tensor_names("embed_tokens/embedding", config)[0]].dtype)
     content: dict[str, Any] = config_to_hf(config, dtype=dtype) if raw is None else dict(raw)
     content["quantization_config"] = quantization_config(encoding, dtype=dtype)
     origin = Origin(base_model=str(source))

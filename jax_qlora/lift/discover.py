@@ -2,14 +2,14 @@
 """find_targets: which parameters a function multiplies by, read from its jaxpr."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from ..lora.array import is_special
-from ..lora.targets import Match, Target, Targets, select_targets
+from ..lora.targets import Match, Target, Targets, name_parts, select_targets
 from ..quant.layout import KernelLayout
 from ..tree import flatten_paths
 from ..typing import PyTree
@@ -22,6 +22,7 @@ def find_targets(
     params: PyTree,
     *args: Any,
     match: Match = "all-linear",
+    parts: Mapping[str, Mapping[str, int]] | None = None,
     **kwargs: Any,
 ) -> Targets:
     """Finds the kernels of a model and chooses those to quantize or adapt.
@@ -35,14 +36,18 @@ def find_targets(
         params: Its parameters: arrays or shapes (`jax.eval_shape`), or a quantized base.
         *args: Example inputs, arrays or shapes.
         match: "all-linear" (all matmul kernels but the output head and routers), a list of names or
-            suffixes of names, or a regular expression; see `select_targets`.
+            suffixes of names, or a regular expression; see `select_targets`. "c_attn[q,v]" in a
+            list means some parts of a fused kernel.
+        parts: Names of the parts of fused kernels, e.g. {"c_attn": {"q": 768, "k": 768, "v": 768}}:
+            for the end of a module's name, the outputs of each part, in their order.
         **kwargs: Passed to `apply`.
 
     Returns:
         The chosen kernels with their contracted, output and stacked axes; prints as a table.
 
     Raises:
-        InputError: a name or pattern matches nothing (nearest names are listed).
+        InputError: a name or pattern matches nothing (nearest names are listed), or parts that a
+            kernel does not have.
 
     >>> import jax.numpy as jnp
     >>> targets = find_targets(lambda p, x: x @ p["w"], {"w": jnp.ones((4, 8))}, jnp.ones((2, 4)))
@@ -83,7 +88,7 @@ def find_targets(
     found = [_target(path, leaves[path], use, path in heads) for path, use in flow.uses.items()]
     found = [dataclasses.replace(t, router=t.path in flow.routers) for t in found if t is not None]
     found = sorted(found, key=lambda t: paths.index(t.path))
-    return select_targets(found, match)
+    return select_targets(name_parts(found, parts or {}), match)
 
 
 def _target(path: str, leaf: Any, use: Use, head: bool) -> Target | None:

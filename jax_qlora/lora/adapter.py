@@ -16,7 +16,7 @@ from ..tree import flatten_paths, map_with_path
 from ..typing import Key, PyTree
 from .array import LoraArray, frozen_rows, is_special, materialize
 from .pair import LoraPair
-from .targets import Target, Targets, matches_pattern, module_names, pick_by_pattern
+from .targets import Target, Targets, answers_pattern, module_names, pick_by_pattern
 from .tokens import TokenArray, TokenRows
 from .virtual import VirtualTokens, add_leaves, refuse_virtual, split_virtual
 
@@ -105,7 +105,7 @@ def init_adapter(
     rank_pattern, alpha_pattern = dict(rank_pattern or {}), dict(alpha_pattern or {})
     for name, patterns in (("rank_pattern", rank_pattern), ("alpha_pattern", alpha_pattern)):
         for pattern in patterns:
-            if not any(matches_pattern(path, pattern) for path in targets):
+            if not any(answers_pattern(target, pattern) for target in targets.values()):
                 raise InputError(
                     f"{name} '{pattern}' matches none of the {len(targets)} targets: expected the "
                     f"end of a module name such as '{module_names(next(iter(targets)))[1]}'. "
@@ -115,8 +115,8 @@ def init_adapter(
         raise InputError(f"dropout {dropout}: expected a probability in [0, 1). 0 turns it off.")
 
     def one(target: Target) -> LoraPair:
-        r = pick_by_pattern(target.path, rank_pattern, rank)
-        numerator = pick_by_pattern(target.path, alpha_pattern, alpha)
+        r = pick_by_pattern(target, rank_pattern, rank)
+        numerator = pick_by_pattern(target, alpha_pattern, alpha)
         if not (isinstance(r, int) and 1 <= r):
             raise InputError(
                 f"rank {r!r} for '{target.path}': expected a whole number of at least 1. "
@@ -127,9 +127,11 @@ def init_adapter(
                 f"alpha {numerator!r} for '{target.path}': expected a positive number. "
                 "Twice the rank is common."
             )
-        rows, cols = target.layout.rows, target.layout.cols
+        rows, cols, parts = target.layout.rows, target.layout.cols, target.chosen_rows
+        if parts:
+            rows = sum(stop - start for start, stop in parts)
         path_key = jax.random.fold_in(key, zlib.crc32(target.path.encode()))
-        shape = (*target.lead, r, cols)
+        shape = (*target.lead, max(len(parts), 1) * r, cols)
         if init == "gaussian" or target.kind == "embedding":
             deviation = 1 / r if init == "gaussian" else 1.0
             a = deviation * jax.random.normal(path_key, shape, jnp.float32)
@@ -142,6 +144,7 @@ def init_adapter(
             layout=target.layout,
             scale=float(numerator) / (math.sqrt(r) if rslora else r),
             dropout=float(dropout),
+            parts=parts,
         )
 
     return {target.path: one(target) for target in targets.values()}

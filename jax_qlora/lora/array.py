@@ -11,10 +11,11 @@ import jax.numpy as jnp
 from ..quant import QuantizedArray, dequantize
 from ..quant.array import lookup_rows
 from ..quant.layout import KernelLayout
-from ..quant.matmul import accumulator, dot
+from ..quant.matmul import dot
 from ..tree import pytree
 from ..typing import Array, Float
 from .dora import row_factors
+from .factors import Rows, from_inner, gradient_of_b, to_inner
 from .over_base import OverBase
 from .pair import LoraPair
 from .tokens import TokenArray, replace_rows
@@ -100,13 +101,13 @@ def lora_matmul(
         transpose: Contract the kernel's rows instead of its cols.
         dtype: dtype of the result, `x.dtype` by default.
     """
-    first, second = (pair.b, pair.a) if transpose else (pair.a, pair.b)
+    rows = Rows(pair.layout.rows, pair.parts)
 
-    def one(x: Array, first: Array, second: Array, key: Any = None) -> Array:
+    def one(x: Array, a: Array, b: Array, key: Any = None) -> Array:
         x = dropped(x, pair.dropout, key)
-        return _update(transpose, pair.scale, jnp.dtype(dtype or x.dtype), x, first, second)
+        return _update(transpose, pair.scale, jnp.dtype(dtype or x.dtype), rows, x, a, b)
 
-    args = [x, first, second]
+    args = [x, pair.a, pair.b]
     if dropout_key is not None and pair.dropout > 0:
         args.append(dropout_key)
     f = one
@@ -130,64 +131,43 @@ def dropped(x: Array, dropout: float, key: Any) -> Array:
     return jnp.where(mask, x / jnp.asarray(keep, x.dtype), jnp.zeros_like(x))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _update(transpose: bool, scale: float, dtype: Any, x: Array, a: Array, b: Array) -> Array:
-    return _update_fwd(transpose, scale, dtype, x, a, b)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
+def _update(
+    transpose: bool, scale: float, dtype: Any, rows: Rows, x: Array, a: Array, b: Array
+) -> Array:
+    return _update_fwd(transpose, scale, dtype, rows, x, a, b)[0]
 
 
-def _update_fwd(transpose: bool, scale: float, dtype: Any, x: Array, a: Array, b: Array):
-    k_axis, n_axis = (0, 1) if transpose else (1, 0)  # of a, of b; the other axis is the rank
-    h = dot(x, _scaled(a, scale, x.dtype), 1, k_axis, x.dtype)
-    return dot(h, b.astype(x.dtype), 1, 1 - n_axis, dtype), (x, h, a, b)
+def _update_fwd(
+    transpose: bool, scale: float, dtype: Any, rows: Rows, x: Array, a: Array, b: Array
+):
+    if transpose:
+        h = to_inner(x, _scaled(b, scale, x.dtype), rows)
+        return dot(h, a.astype(x.dtype), 1, 0, dtype), (x, h, a, b)
+    h = dot(x, _scaled(a, scale, x.dtype), 1, 1, x.dtype)
+    return from_inner(h, b.astype(x.dtype), rows, dtype), (x, h, a, b)
 
 
-def _update_bwd(transpose: bool, scale: float, dtype: Any, residuals: Any, g: Array):
+def _update_bwd(transpose: bool, scale: float, dtype: Any, rows: Rows, residuals: Any, g: Array):
     # operands stay in the compute dtype (a float32 cotangent times a bfloat16 weight would widen
     # the whole matmul); the gradients of the factors are summed and kept in float32
     x, h, a, b = residuals
-    k_axis, n_axis = (0, 1) if transpose else (1, 0)
     g = g.astype(x.dtype)
-    gh = dot(g, _scaled(b, scale, x.dtype), 1, n_axis, x.dtype)
-    dx = dot(gh, a.astype(x.dtype), 1, 1 - k_axis, x.dtype)
     if transpose:
-        return dx, _tall(gh, x).astype(a.dtype), dot(h, g, 0, 0, b.dtype)
-    return dx, dot(gh, x, 0, 0, a.dtype), _tall(h, g).astype(b.dtype)
+        gh = dot(g, _scaled(a, scale, x.dtype), 1, 1, x.dtype)
+        dx = from_inner(gh, b.astype(x.dtype), rows, x.dtype)
+        return dx, dot(h, g, 0, 0, a.dtype), gradient_of_b(gh, x, rows).astype(b.dtype)
+    gh = to_inner(g, _scaled(b, scale, x.dtype), rows)
+    dx = dot(gh, a.astype(x.dtype), 1, 0, x.dtype)
+    return dx, dot(gh, x, 0, 0, a.dtype), gradient_of_b(h, g, rows).astype(b.dtype)
+
+
+_update.defvjp(_update_fwd, _update_bwd)
 
 
 def _scaled(factor: Array, scale: float, dtype: Any) -> Array:
     """A factor times the scale, for a matmul: one pass with the cast, and none over activations."""
     return (factor * jnp.asarray(scale, factor.dtype)).astype(dtype)
-
-
-@jax.custom_jvp
-def _tall(thin: Array, wide: Array) -> Array:
-    """`wide.T @ thin` by way of `thin.T @ wide`, on a CPU 4 to 7 times faster."""
-    return _behind_barrier(thin, wide)
-
-
-@_tall.defjvp
-def _tall_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> Any:
-    (thin, wide), (d_thin, d_wide) = primals, tangents
-    return _tall(thin, wide), _plain(d_thin, wide) + _plain(thin, d_wide)
-
-
-def _plain(thin: Array, wide: Array) -> Array:
-    return dot(wide, thin, 0, 0, accumulator(thin.dtype))
-
-
-@jax.custom_batching.custom_vmap
-def _behind_barrier(thin: Array, wide: Array) -> Array:
-    # the barrier keeps XLA from simplifying the transpose of the product back into the slow form
-    return jax.lax.optimization_barrier(dot(thin, wide, 0, 0, accumulator(thin.dtype))).T
-
-
-@_behind_barrier.def_vmap
-def _batched(axis_size: int, batched: list[bool], thin: Array, wide: Array) -> tuple[Array, bool]:
-    # jax 0.10: XLA aborts on a batched product whose transpose stands behind a barrier
-    return jax.vmap(_plain, [0 if b else None for b in batched])(thin, wide), True
-
-
-_update.defvjp(_update_fwd, _update_bwd)
 
 
 def lookup(leaf: Any, indices: Array, dtype: Any) -> Array:
@@ -207,10 +187,11 @@ def lookup(leaf: Any, indices: Array, dtype: Any) -> Array:
     if isinstance(leaf, TokenArray):
         found = frozen_rows(leaf.base, leaf.layout, indices, dtype)
         return replace_rows(leaf.tokens, found, indices)
-    base, magnitude = leaf.base, leaf.pair.magnitude
+    base, pair = leaf.base, leaf.pair.whole()
+    magnitude = pair.magnitude
     exact = dtype if magnitude is None else jnp.float32
     rows = frozen_rows(base, leaf.layout, indices, exact)
-    update = jnp.matmul(leaf.pair.b[indices], leaf.pair.a) * leaf.pair.scale
+    update = jnp.matmul(pair.b[indices], pair.a) * pair.scale
     if magnitude is None:
         return rows + update.astype(dtype)
     total = rows + update

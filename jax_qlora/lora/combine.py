@@ -90,7 +90,8 @@ def _combine_pairs(
     settings: Settings,
     dropout: float,
 ) -> LoraPair:
-    """Combines one kernel's updates, each layer and expert by itself."""
+    """Combines one kernel's updates, each layer and expert by itself; those of parts as wholes."""
+    having = [(pair.whole(), weight) for pair, weight in having]
     first = having[0][0]
     for pair, _ in having:
         if (pair.layout, pair.lead) != (first.layout, first.lead):

@@ -60,7 +60,7 @@ def init_from_weights(
 
     Raises:
         InputError: an unknown `init`, a weight that is quantized already, a rank above a weight's
-            own, or an adapter that does not fit.
+            own, an update of parts of a kernel, or an adapter that does not fit.
 
     References:
         PiSSA: Meng et al. 2024, https://arxiv.org/abs/2404.02948, equations 2 to 4.
@@ -68,6 +68,7 @@ def init_from_weights(
         LoftQ: Li et al. 2023, https://arxiv.org/abs/2310.08659, algorithm 1.
     """
     attach(params, adapter)  # says what does not fit
+    check_whole(adapter, f"init {init!r}")
     pairs: Adapter = {}
 
     def one(path: str, leaf: Any) -> Any:
@@ -116,6 +117,7 @@ def init_kernel(
         InputError: as `init_from_weights`.
     """
     found = check_init(init, quantized=format is not None)
+    check_whole({path: pair}, f"init {init!r}")
     if isinstance(kernel, QuantizedArray):
         raise InputError(
             f"'{path}' is quantized already: init {init!r} expects dense weights to take from. "
@@ -201,6 +203,24 @@ def check_init(init: str, *, quantized: bool) -> re.Match[str]:
     return found
 
 
+def check_whole(adapter: Mapping[str, Any], what: str) -> None:
+    """Check that no update is of some parts of a kernel alone.
+
+    Args:
+        adapter: Path -> LoraPair, and what trains beside.
+        what: What takes whole kernels, for the message.
+
+    Raises:
+        InputError: One is.
+    """
+    for path, pair in adapter.items():
+        if isinstance(pair, LoraPair) and pair.parts:
+            raise InputError(
+                f"{what} with parts of '{path}' as targets: expected whole kernels. Leave the "
+                "brackets in the targets out, or choose plain LoRA and another start."
+            )
+
+
 def _product(b: Array, a: Array) -> Array:
     return jnp.matmul(b, a, precision=lax.Precision.HIGHEST)
 
@@ -257,11 +277,12 @@ def add_magnitudes(base: PyTree, adapter: Mapping[str, LoraPair]) -> Adapter:
         The adapter with `magnitude = ||W + s b a||` of every output row, float32 `[*lead, rows]`.
 
     Raises:
-        InputError: the adapter does not fit the base.
+        InputError: the adapter does not fit the base, or updates parts of a kernel.
 
     References:
         DoRA: Liu et al. 2024, https://arxiv.org/abs/2402.09353, section 4.1.
     """
+    check_whole(adapter, "DoRA")
     leaves = flatten_paths(attach(base, adapter), is_leaf=is_special)
     norms = jax.jit(row_norms)
     return {

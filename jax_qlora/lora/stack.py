@@ -5,6 +5,7 @@ Lower ranks are padded with zeros, so that all have one structure. -1 means none
 """
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -40,8 +41,8 @@ def stack_adapters(
         an ordinary pytree and trains as such, with `select_adapter` or `attach_many` in the loss.
 
     Raises:
-        InputError: no adapter, updates of different kernels under one path, DoRA adapters, or
-            different dropout.
+        InputError: no adapter, updates of different kernels under one path, or of parts of one
+            that overlap, DoRA adapters, or different dropout.
     """
     named = dict(sorted(adapters.items()) if isinstance(adapters, Mapping) else enumerate(adapters))
     for name, adapter in named.items():
@@ -182,28 +183,58 @@ def _stack(path: str, named: Mapping[Any, Mapping[str, LoraPair]], dropout: floa
             )
     scale = max((pair.scale for pair in having.values()), key=abs)
     rank = max(pair.rank for pair in having.values())
-
-    def padded(x: Array, axis: int) -> Array:
-        widths = [(0, 0)] * x.ndim
-        widths[axis] = (0, rank - x.shape[axis])
-        return jnp.pad(x, widths) if rank > x.shape[axis] else jnp.asarray(x)
-
-    zero = jnp.zeros((*first.lead, rank, first.layout.cols), first.a.dtype)
-    zero_b = jnp.zeros((*first.lead, first.layout.rows, rank), first.b.dtype)
+    parts = sorted({part for pair in having.values() for part in _parts(pair)})
+    for (_, end), (start, _) in itertools.pairwise(parts):
+        if start < end:
+            listed = " and ".join(f"{start}:{stop}" for start, stop in parts)
+            raise InputError(
+                f"'{path}' is adapted in rows {listed} by different adapters: expected the same "
+                "parts of a kernel in all, or parts that do not overlap. Merge one of them instead."
+            )
     a, b = [], []
     for name in named:
-        pair = having.get(name)
-        if pair is None:
-            a.append(zero)
-            b.append(zero_b)
-            continue
-        a.append(padded(pair.a, -2))
-        own = padded(pair.b, -1)
-        b.append(own if pair.scale == scale else own * jnp.asarray(pair.scale / scale, own.dtype))
+        own = _factors(having[name], rank, scale) if name in having else {}
+        blocks = [own.get(part) or _zeros(first, rank, part) for part in parts]
+        a.append(jnp.concatenate([x for x, _ in blocks], axis=-2))
+        b.append(jnp.concatenate([x for _, x in blocks], axis=-2))
     return LoraPair(
         a=jnp.stack(a),
         b=jnp.stack(b),
         layout=first.layout,
         scale=scale,
         dropout=first.dropout if dropout is None else dropout,
+        parts=() if parts == [(0, first.layout.rows)] else tuple(parts),
+    )
+
+
+Part = tuple[int, int]
+
+
+def _parts(pair: LoraPair) -> tuple[Part, ...]:
+    return pair.parts or ((0, pair.layout.rows),)
+
+
+def _factors(pair: LoraPair, rank: int, scale: float) -> dict[Part, tuple[Array, Array]]:
+    """The factors of each part, of a rank and a scale of the stack."""
+
+    def padded(x: Array, axis: int) -> Array:
+        widths = [(0, 0)] * x.ndim
+        widths[axis] = (0, rank - x.shape[axis])
+        return jnp.pad(x, widths) if rank > x.shape[axis] else jnp.asarray(x)
+
+    found, end = {}, 0
+    for i, (start, stop) in enumerate(_parts(pair)):
+        a = pair.a[..., i * pair.rank : (i + 1) * pair.rank, :]
+        b = pair.b[..., end : end + stop - start, :]
+        b = b if pair.scale == scale else b * jnp.asarray(pair.scale / scale, b.dtype)
+        found[start, stop] = padded(a, -2), padded(b, -1)
+        end += stop - start
+    return found
+
+
+def _zeros(like: LoraPair, rank: int, part: Part) -> tuple[Array, Array]:
+    start, stop = part
+    return (
+        jnp.zeros((*like.lead, rank, like.layout.cols), like.a.dtype),
+        jnp.zeros((*like.lead, stop - start, rank), like.b.dtype),
     )

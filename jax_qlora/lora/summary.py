@@ -73,7 +73,8 @@ def summary(tree: Any, adapter: Any = None) -> str:
             held += nbytes(base)
         rank, params = "", 0
         if pair is not None:
-            rank = str(pair.rank) if isinstance(pair, LoraPair) else ""
+            if isinstance(pair, LoraPair):
+                rank = str(pair.rank) + f" x {len(pair.parts)} parts" * bool(pair.parts)
             params = sum(x.size for x in jax.tree.leaves(pair))
             held += nbytes(pair)
         trainable += params

@@ -3,8 +3,9 @@
 
 import dataclasses
 import difflib
+import itertools
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ..errors import InputError
@@ -42,6 +43,10 @@ class Target:
         head: Whether it produces the model's vocabulary logits.
         router: Whether its results choose, by `top_k`, among experts.
         conv: Of a "conv", how it is used.
+        alias: Another path that it answers to, e.g. its name in checkpoints; empty: none.
+        parts: Of a fused kernel, the name of each part and how many rows are its own, in the order
+            of the rows; empty: none are named.
+        chosen: Names of the parts to adapt; empty: the kernel as a whole.
     """
 
     path: str
@@ -52,6 +57,24 @@ class Target:
     head: bool = False
     router: bool = False
     conv: Convolution | None = None
+    alias: str = ""
+    parts: tuple[tuple[str, int], ...] = ()
+    chosen: tuple[str, ...] = ()
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The paths that it answers to."""
+        return (self.path, self.alias) if self.alias else (self.path,)
+
+    @property
+    def chosen_rows(self) -> tuple[tuple[int, int], ...]:
+        """First row and end of each chosen part; empty: all rows, as one."""
+        ends = list(itertools.accumulate(width for _, width in self.parts))
+        return tuple(
+            (end - width, end)
+            for (name, width), end in zip(self.parts, ends, strict=True)
+            if name in self.chosen
+        )
 
     @property
     def lead(self) -> tuple[int, ...]:
@@ -94,7 +117,10 @@ class Targets(Mapping[str, Target]):
     def __repr__(self) -> str:
         from .summary import table  # the table formatter reads Target
 
-        rows = [(t.path, _shape(t.shape), t.dtype, _use(t), "yes") for t in self.selected]
+        rows = [
+            (t.path, _shape(t.shape), t.dtype, _use(t), ", ".join(t.chosen) or "yes")
+            for t in self.selected
+        ]
         rows += [
             (t.path, _shape(t.shape), t.dtype, _use(t), "")
             for t in self.found
@@ -108,7 +134,8 @@ def _shape(shape: tuple[int, ...]) -> str:
 
 
 def _use(target: Target) -> str:
-    return target.kind + " (head)" * target.head + " (router)" * target.router
+    parts = f" of {', '.join(name for name, _ in target.parts)}" if target.parts else ""
+    return target.kind + parts + " (head)" * target.head + " (router)" * target.router
 
 
 def module_names(path: str) -> tuple[str, str]:
@@ -138,6 +165,11 @@ def matches_pattern(path: str, pattern: str) -> bool:
     return any(re.match(rf"(.*\.)?({pattern})$", n) for n in module_names(path))
 
 
+def answers_pattern(target: Target, pattern: str) -> bool:
+    """Whether `matches_pattern` holds for one of a target's paths."""
+    return _answers(target, matches_pattern, pattern)
+
+
 def select_targets(found: Iterable[Target], match: Match) -> Targets:
     """Chooses among the kernels found in a model.
 
@@ -145,10 +177,12 @@ def select_targets(found: Iterable[Target], match: Match) -> Targets:
         found: All kernels.
         match: "all-linear" (every matmul kernel but the output head and routers), a list of names
             each of which is a module name or a suffix of one, or a regular expression that matches
-            whole names. Names are dotted or slashed paths, with or without the last part.
+            whole names. Names are dotted or slashed paths, with or without the last part. In a
+            list, "c_attn[q,v]" means those parts of a fused kernel.
 
     Raises:
-        InputError: a name or pattern matches no kernel (the nearest names are listed).
+        InputError: a name or pattern matches no kernel (the nearest names are listed), or a kernel
+            has no part of a name (its parts are listed).
     """
     found = tuple(found)
     if match == "all-linear":
@@ -157,7 +191,7 @@ def select_targets(found: Iterable[Target], match: Match) -> Targets:
             raise _no_match("all-linear", found, "the model multiplies by no kernel of its tree")
     elif isinstance(match, str):
         try:
-            selected = [t for t in found if matches_regex(t.path, match)]
+            selected = [t for t in found if _answers(t, matches_regex, match)]
         except re.error as e:
             raise InputError(
                 f"target pattern {match!r} is no regular expression ({e}): expected 'all-linear', "
@@ -167,13 +201,86 @@ def select_targets(found: Iterable[Target], match: Match) -> Targets:
             why = f"the expression must match a whole name; for the end of one pass ['{match}']"
             raise _no_match(match, found, why)
     else:
-        for name in match:
-            if not any(matches_name(t.path, name) for t in found):
-                raise _no_match(name, found, "a name is a module or the end of one")
-        selected = [t for t in found if any(matches_name(t.path, name) for name in match)]
+        selected = _select_names(found, match)
         if not selected:
             raise _no_match("[]", found, "the list is empty")
     return Targets(tuple(selected), found)
+
+
+def name_parts(
+    found: Iterable[Target], parts: Mapping[str, Mapping[str, int]]
+) -> tuple[Target, ...]:
+    """Names the parts of fused kernels, so that some of them can be chosen.
+
+    Args:
+        found: All kernels of a model.
+        parts: For a module's name, or the end of one, the name of each part and its number of
+            outputs, in their order, e.g. {"c_attn": {"q": 768, "k": 768, "v": 768}}. Where a kernel
+            has several output axes they count as one.
+
+    Raises:
+        InputError: a name matches no kernel, or its parts are not all outputs of a kernel.
+    """
+    found = tuple(found)
+    named = {t.path: t for t in found}
+    for module, widths in parts.items():
+        hits = [t for t in found if t.kind == "linear" and _answers(t, matches_name, module)]
+        if not hits:
+            raise _no_match(module, found, "its parts were given, and must be those of a kernel")
+        for t in hits:
+            counts = list(widths.values())
+            if sum(counts) != t.layout.rows or not all(type(n) is int and n > 0 for n in counts):
+                raise InputError(
+                    f"parts {dict(widths)} of '{t.path}': expected the number of outputs of each, "
+                    f"in all the {t.layout.rows} of a kernel of shape {t.shape}."
+                )
+            named[t.path] = dataclasses.replace(t, parts=tuple(widths.items()))
+    return tuple(named.values())
+
+
+def _answers(target: Target, rule: Callable[[str, str], bool], name: str) -> bool:
+    return any(rule(path, name) for path in target.paths)
+
+
+def _select_names(found: tuple[Target, ...], names: Sequence[str]) -> list[Target]:
+    chosen: dict[str, set[tuple[str, ...]]] = {}
+    for name in names:
+        hits, parts = [t for t in found if _answers(t, matches_name, name)], ()
+        if not hits and (fused := re.fullmatch(r"(.+)\[(.*)\]", name)):
+            parts = tuple(part.strip() for part in fused[2].split(","))
+            hits = [t for t in found if _answers(t, matches_name, fused[1])]
+        if not hits:
+            raise _no_match(name, found, "a name is a module or the end of one")
+        for t in hits:
+            _check_parts(t, parts, name)
+            chosen.setdefault(t.path, set()).add(parts)
+    for path, several in chosen.items():
+        if () in several and len(several) > 1:
+            raise InputError(
+                f"targets {list(names)} name '{path}' as a whole and some of its parts: expected "
+                "one or the other."
+            )
+    return [_with_parts(t, set().union(*chosen[t.path])) for t in found if t.path in chosen]
+
+
+def _check_parts(target: Target, parts: tuple[str, ...], name: str) -> None:
+    known = [part for part, _ in target.parts]
+    wrong = [part for part in parts if part not in known]
+    if not wrong:
+        return
+    if known:
+        example = f"{name.partition('[')[0]}[{','.join(known[:2])}]"
+        hint = f"expected some of {', '.join(known)}, e.g. '{example}'."
+    else:
+        hint = (
+            "its parts have no names. Leave the brackets out, or give them names: "
+            "find_targets(..., parts={'c_attn': {'q': 768, 'k': 768, 'v': 768}})."
+        )
+    raise InputError(f"target '{name}': '{target.path}' has no part '{wrong[0]}'; {hint}")
+
+
+def _with_parts(target: Target, parts: set[str]) -> Target:
+    return dataclasses.replace(target, chosen=tuple(n for n, _ in target.parts if n in parts))
 
 
 def _no_match(pattern: str, found: tuple[Target, ...], why: str) -> InputError:
@@ -188,9 +295,9 @@ def _no_match(pattern: str, found: tuple[Target, ...], why: str) -> InputError:
     )
 
 
-def pick_by_pattern(path: str, patterns: Mapping[str, Any], default: Any) -> Any:
-    """The value of the first pattern that matches `path`, else the default."""
+def pick_by_pattern(target: Target, patterns: Mapping[str, Any], default: Any) -> Any:
+    """The value of the first pattern that matches a target's name, else the default."""
     for pattern, value in patterns.items():
-        if matches_pattern(path, pattern):
+        if answers_pattern(target, pattern):
             return value
     return default

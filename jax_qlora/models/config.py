@@ -40,13 +40,14 @@ class DecoderConfig:
     Attributes:
         vocab_size: Rows of the embedding.
         d_model: Width of the residual stream.
-        d_ff: Width of the gated MLP.
+        d_ff: Width of the MLP.
         n_layers: Number of layers, stacked on the leading axis of every layer parameter.
         n_heads: Query heads.
         n_kv_heads: Key and value heads; divides `n_heads`.
-        head_dim: Width of a head; even. `n_heads * head_dim` need not be `d_model`.
+        head_dim: Width of a head; even if positions are rotary. `n_heads * head_dim` need not be
+            `d_model`.
         max_length: Context length in tokens.
-        norm_eps: Added to the mean square in RMSNorm.
+        norm_eps: Added to the mean square in RMSNorm, to the variance in LayerNorm.
         rope_theta: Base of the rotary frequencies.
         rope_scaling: How they are stretched, or None.
         tied: Whether the output head is the embedding.
@@ -55,6 +56,10 @@ class DecoderConfig:
         mlp_bias: Whether the linears of the MLP have a bias.
         qk_norm: Whether each head's queries and keys are normalized before they are rotated.
         fused: Whether queries, keys and values are one linear, and gate and up another.
+        gated: Whether the MLP has a gate; without, it is `down(act(up(x)))`.
+        layer_norm: Whether norms are LayerNorm with a bias.
+        learned_positions: Whether each position has a learned vector that is added to the
+            embedding, and nothing is rotated.
         sliding_window: How many tokens back a local layer sees, the token itself included; None:
             every layer sees all.
         local_layers: Which layers are local, one boolean a layer; empty: all, if there is a window.
@@ -93,6 +98,9 @@ class DecoderConfig:
     mlp_bias: bool = False
     qk_norm: bool = False
     fused: bool = False
+    gated: bool = True
+    layer_norm: bool = False
+    learned_positions: bool = False
     sliding_window: int | None = None
     local_layers: tuple[bool, ...] = ()
     local_rope_theta: float | None = None
@@ -116,6 +124,17 @@ class DecoderConfig:
         """How many tokens back each layer sees; None: all."""
         local = self.local_layers or (True,) * self.n_layers
         return tuple(self.sliding_window if is_local else None for is_local in local)
+
+    @property
+    def parts(self) -> dict[str, dict[str, int]]:
+        """The outputs of each part of the fused linears, in their order, by the linear's name."""
+        if not self.fused:
+            return {}
+        kv = self.n_kv_heads * self.head_dim
+        parts = {"qkv_proj": {"q": self.n_heads * self.head_dim, "k": kv, "v": kv}}
+        if self.gated:
+            parts["gate_up_proj"] = {"gate": self.d_ff, "up": self.d_ff}
+        return parts
 
 
 def validate_config(config: DecoderConfig) -> DecoderConfig:
@@ -148,7 +167,7 @@ def validate_config(config: DecoderConfig) -> DecoderConfig:
             f"Model configuration: experts_per_token is {config.experts_per_token}; expected 1 to "
             f"n_experts ({config.n_experts})."
         )
-    if config.head_dim % 2:
+    if config.head_dim % 2 and not config.learned_positions:
         raise InputError(
             f"Model configuration: head_dim is {config.head_dim}; rotary positions need it even."
         )

@@ -86,6 +86,11 @@ class Decoder(nnx.Module):
             config.vocab_size, config.d_model, dtype=dtype, rngs=rngs, scale=scale
         )
         self.prompt = nnx.Param(jnp.zeros((1, config.d_model))) if prompt else None
+        self.embed_positions = (
+            Embed(config.max_length, config.d_model, dtype=dtype, rngs=rngs)
+            if config.learned_positions
+            else None
+        )
         self.layers = stack(rngs)
         self.norm = make_norm(config, config.d_model)
         tied = config.tied
@@ -94,17 +99,22 @@ class Decoder(nnx.Module):
         )
 
     def embed(
-        self, tokens: Int[Array, "batch seq"], virtual: Int[Array, "batch seq"] | None = None
+        self,
+        tokens: Int[Array, "batch seq"],
+        positions: Int[Array, "batch seq"],
+        virtual: Int[Array, "batch seq"] | None = None,
     ) -> Float[Array, "batch seq d"]:
         """Return the residual stream before the first layer.
 
         Args:
             tokens: Token ids.
+            positions: Their positions; where those are learned, one beyond the context gives NaN.
             virtual: The number of the virtual token at each place, -1 at a token's; None: there are
                 none.
         """
         x = self.embed_tokens(tokens)
-        return x if self.prompt is None else put_virtual(virtual, self.prompt[...], x)
+        x = x if self.prompt is None else put_virtual(virtual, self.prompt[...], x)
+        return x if self.embed_positions is None else x + self.embed_positions(positions)
 
     def hidden(
         self,
@@ -125,7 +135,8 @@ class Decoder(nnx.Module):
         # inside a scan nothing can be shared between forward and backward anyway
         body = nnx.remat(body, prevent_cse=False, policy=_policy(self.remat))
         scan = nnx.scan(body, in_axes=(0, nnx.Carry, 0, None), out_axes=nnx.Carry)
-        return scan(self.layers, self.embed(tokens, virtual), per_layer(self.config), context)
+        x = self.embed(tokens, positions, virtual)
+        return scan(self.layers, x, per_layer(self.config), context)
 
     def head(self, hidden: Float[Array, "*lead d"]) -> Float[Array, "*lead vocab"]:
         """Return float32 logits of final hidden states, which the last norm goes over first."""
@@ -164,7 +175,7 @@ class Decoder(nnx.Module):
 
         scan = nnx.scan(body, in_axes=(0, nnx.Carry, 0, None), out_axes=nnx.Carry)
         caches = Caches(cache.k, cache.v, jnp.int32(0), cache.length)
-        start = (self.embed(tokens, virtual), caches)
+        start = (self.embed(tokens, positions, virtual), caches)
         x, caches = scan(self.layers, start, per_layer(self.config), context)
         # a full cache would overwrite its last slots: better no answer than a wrong one
         x = jnp.where(end <= cache.valid.shape[1], x, jnp.nan)

@@ -19,7 +19,7 @@ from .blockwise_attention import blockwise_attention
 from .config import DecoderConfig
 from .cudnn_attention import AttentionKind, cudnn_attention
 from .experts import MixtureOfExperts
-from .layers import GATED, Linear, RMSNorm, economical, in_chunks
+from .layers import GATED, UNGATED, LayerNorm, Linear, RMSNorm, economical, in_chunks
 from .per_layer import PerLayer
 from .rope import Angles, rotate
 from .virtual import Prefix, put_virtual
@@ -74,7 +74,7 @@ class Caches(NamedTuple):
 
 
 class Attention(nnx.Module):
-    """Grouped-query attention with rotary positions."""
+    """Grouped-query attention, with rotary positions unless positions are learned."""
 
     def __init__(
         self,
@@ -186,7 +186,7 @@ class Attention(nnx.Module):
 
 
 class MLP(nnx.Module):
-    """The gated MLP `down(act(gate(x)) * up(x))` (Shazeer, arXiv 2002.05202).
+    """The gated MLP `down(act(gate(x)) * up(x))` (Shazeer, arXiv 2002.05202), or without a gate.
 
     Its inner activations are the widest of a layer. Those of a sequence longer than `MLP_TOKENS`
     never exist whole: they are computed in chunks, and again in the backward, whatever the remat
@@ -195,15 +195,15 @@ class MLP(nnx.Module):
 
     def __init__(self, config: DecoderConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         d, d_ff, bias = config.d_model, config.d_ff, config.mlp_bias
-        self.gated = GATED[config.activation]
+        self.act = (GATED if config.gated else UNGATED)[config.activation]
 
         def linear(d_in: int, d_out: int) -> Linear:
             return Linear(d_in, d_out, use_bias=bias, dtype=dtype, rngs=rngs)
 
-        self.gate_up_proj = linear(d, 2 * d_ff) if config.fused else None
-        if not config.fused:
-            self.gate_proj = linear(d, d_ff)
-            self.up_proj = linear(d, d_ff)
+        fused = config.gated and config.fused
+        self.gate_up_proj = linear(d, 2 * d_ff) if fused else None
+        self.gate_proj = linear(d, d_ff) if config.gated and not fused else None
+        self.up_proj = None if fused else linear(d, d_ff)
         self.down_proj = linear(d_ff, d)
 
     def __call__(self, x: Float[Array, "batch seq d"]) -> Float[Array, "batch seq d"]:
@@ -211,10 +211,10 @@ class MLP(nnx.Module):
 
         def mlp(rows: Array) -> Array:
             if self.gate_up_proj is not None:
-                gate, up = jnp.split(self.gate_up_proj(rows), 2, axis=-1)
+                inner = jnp.split(self.gate_up_proj(rows), 2, axis=-1)
             else:
-                gate, up = self.gate_proj(rows), self.up_proj(rows)
-            return self.down_proj(self.gated(gate, up))
+                inner = [proj(rows) for proj in (self.gate_proj, self.up_proj) if proj is not None]
+            return self.down_proj(self.act(*inner))
 
         rows = x.reshape(-1, x.shape[-1])
         y = mlp(rows) if x.shape[1] <= MLP_TOKENS else in_chunks(mlp, rows, MLP_TOKENS)
@@ -302,6 +302,8 @@ class Layer(nnx.Module):
         return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
 
 
-def make_norm(config: DecoderConfig, d: int) -> RMSNorm:
+def make_norm(config: DecoderConfig, d: int) -> RMSNorm | LayerNorm:
     """A norm over `d` features, as the configuration has them."""
+    if config.layer_norm:
+        return LayerNorm(d, eps=config.norm_eps)
     return RMSNorm(d, eps=config.norm_eps, offset=1.0 if config.norm_offset else 0.0)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Linear, RMSNorm and Embed as Flax NNX modules that keep parameters and compute dtypes apart."""
+"""Linear, the norms and Embed as Flax NNX modules that keep parameters and compute dtypes apart."""
 
 import functools
 from collections.abc import Callable
@@ -115,6 +115,38 @@ def _rms_norm(eps: float, offset: float, x: Array, scale: Array) -> Array:
     return (normed * scale).astype(x.dtype)
 
 
+class LayerNorm(nnx.Module):
+    """Mean zero and variance one over the last axis, in float32, times a scale, plus a bias.
+
+    Attributes:
+        scale: `[d]`.
+        bias: `[d]`.
+        eps: Added to the variance.
+
+    References:
+        Ba et al., Layer Normalization (arXiv 1607.06450).
+    """
+
+    def __init__(self, d: int, *, eps: float):
+        self.scale = nnx.Param(jnp.ones((d,)))
+        self.bias = nnx.Param(jnp.zeros((d,)))
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "*lead d"]) -> Float[Array, "*lead d"]:
+        """Normalize `x`; the result has the dtype of `x`."""
+        return _layer_norm(self.eps, x, self.scale[...], self.bias[...])
+
+
+@economical
+def _layer_norm(eps: float, x: Array, scale: Array, bias: Array) -> Array:
+    wide = x.astype(jnp.float32)
+    centered = wide - jnp.mean(wide, axis=-1, keepdims=True)
+    variance = jnp.mean(centered * centered, axis=-1, keepdims=True)
+    normed = centered * jax.lax.rsqrt(variance + eps)
+    scale, bias = (jnp.expand_dims(p.astype(jnp.float32), range(x.ndim - 1)) for p in (scale, bias))
+    return (normed * scale + bias).astype(x.dtype)
+
+
 @economical
 def swiglu(gate: Float[Array, "rows d_ff"], up: Float[Array, "rows d_ff"]) -> Array:
     """`silu(gate) * up` (Shazeer, arXiv 2002.05202)."""
@@ -129,6 +161,12 @@ def geglu(gate: Float[Array, "rows d_ff"], up: Float[Array, "rows d_ff"]) -> Arr
 
 GATED = {"silu": swiglu, "gelu_tanh": geglu}
 """The gated units by the name of their activation."""
+
+UNGATED = {
+    "silu": economical(jax.nn.silu),
+    "gelu_tanh": economical(functools.partial(jax.nn.gelu, approximate=True)),
+}
+"""The activations of MLPs without a gate."""
 
 
 class Embed(nnx.Module):

@@ -129,7 +129,7 @@ def decoder_functions(
             positions = default_positions(valid, segment_ids)
         if loop is not None:
             context = Context(*all_angles(config, positions), valid, segment_ids, virtual)
-            x = embed(params, tokens, virtual)
+            x = embed(params, tokens, positions, virtual)
             x = run_layers(loop, params["layers"], x, context, per_layer(config))
         else:
             x = merge(params).hidden(

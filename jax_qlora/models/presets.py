@@ -186,6 +186,32 @@ PHI_3_MINI = DecoderConfig(
 )
 """Phi-3-mini-4k-instruct."""
 
+GPT_2 = DecoderConfig(
+    family="gpt2",
+    vocab_size=50_257,
+    d_model=768,
+    d_ff=3072,
+    n_layers=12,
+    n_heads=12,
+    n_kv_heads=12,
+    head_dim=64,
+    max_length=1024,
+    tied=True,
+    qkv_bias=True,
+    out_bias=True,
+    mlp_bias=True,
+    fused=True,
+    gated=False,
+    layer_norm=True,
+    learned_positions=True,
+    activation="gelu_tanh",
+    bos_token_id=50_256,
+    eos_token_ids=(50_256,),
+)
+GPT_2_MEDIUM = replace(GPT_2, d_model=1024, d_ff=4096, n_layers=24, n_heads=16, n_kv_heads=16)
+GPT_2_LARGE = replace(GPT_2, d_model=1280, d_ff=5120, n_layers=36, n_heads=20, n_kv_heads=20)
+GPT_2_XL = replace(GPT_2, d_model=1600, d_ff=6400, n_layers=48, n_heads=25, n_kv_heads=25)
+
 GEMMA_2_2B = DecoderConfig(
     family="gemma2",
     vocab_size=256_000,
@@ -265,6 +291,10 @@ PRESETS = {
     "qwen3-32b": QWEN_3_32B,
     "qwen3-30b-a3b": QWEN_3_30B_A3B,
     "phi-3-mini": PHI_3_MINI,
+    "gpt2": GPT_2,
+    "gpt2-medium": GPT_2_MEDIUM,
+    "gpt2-large": GPT_2_LARGE,
+    "gpt2-xl": GPT_2_XL,
     "gemma-2-2b": GEMMA_2_2B,
     "gemma-2-9b": GEMMA_2_9B,
     "gemma-3-270m": GEMMA_3_270M,

@@ -9,8 +9,8 @@ import numpy as np
 from ..typing import Array, Float, Int
 from .config import DecoderConfig, RopeScaling
 
-Angles = tuple[Array, Array]
-"""Cosines and sines, float32 `[batch, seq, head_dim / 2]`."""
+Angles = tuple[Array, ...]
+"""Cosines and sines, float32 `[batch, seq, head_dim / 2]`; empty where nothing is rotated."""
 
 
 def rope_frequencies(config: DecoderConfig, *, local: bool = False) -> Float[np.ndarray, " half"]:
@@ -79,6 +79,8 @@ def all_angles(
     config: DecoderConfig, positions: Int[Array, "batch seq"]
 ) -> tuple[Angles, Angles | None]:
     """Return `rope_angles` of global layers, and those of local ones if they are others."""
+    if config.learned_positions:
+        return (), None
     angles = rope_angles(config, positions)
     if config.local_rope_theta is None:
         return angles, None
@@ -93,11 +95,13 @@ def rotate(
 
     Args:
         x: Queries or keys.
-        angles: Cosines and sines from `rope_angles`.
+        angles: Cosines and sines from `rope_angles`; empty: `x` stays as it is.
 
     Returns:
         The rotated `x`, in its own dtype; the arithmetic is float32.
     """
+    if not angles:
+        return x
     cos, sin = (a[:, :, None, :] for a in angles)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from ..config import Config
 from ..errors import InputError
+from ..interop.hf import unnumbered_name
 from ..interop.load import load_model
 from ..interop.load_params import is_quantized
 from ..interop.peft_select import Beside, select_modules
@@ -27,7 +28,8 @@ from ..lora import (
     train_tokens,
     train_whole,
 )
-from ..lora.inits import PLAIN_INITS, init_kernel
+from ..lora.inits import PLAIN_INITS, check_whole, init_kernel
+from ..lora.targets import select_targets
 from ..models import DecoderConfig, Model, abstract_params, decoder_functions
 from ..typing import Array, PyTree
 
@@ -38,6 +40,7 @@ def find_decoder_targets(decoder: DecoderConfig, config: Config) -> Targets:
     """Return the kernels that have updates in a decoder of this shape.
 
     Those that `config.lora.targets` names, without the modules that train as a whole, as in PEFT.
+    They answer to their names in checkpoints as well ("c_attn" of GPT-2), and so do their parts.
 
     Args:
         decoder: The model's shape.
@@ -54,7 +57,9 @@ def find_decoder_targets(decoder: DecoderConfig, config: Config) -> Targets:
         )
     functions = decoder_functions(decoder).map(lift)
     tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
-    targets = find_targets(functions.apply, abstract_params(decoder), tokens, match=names)
+    found = find_targets(functions.apply, abstract_params(decoder), tokens, parts=decoder.parts)
+    aliased = [replace(t, alias=unnumbered_name(t.path, decoder)) for t in found.found]
+    targets = select_targets(aliased, names)
     whole = select_modules(lora, decoder)
     left = tuple(target for target in targets.selected if target.path not in whole)
     if not left:
@@ -105,7 +110,8 @@ def load_start(
         **options: Other arguments of `load_model`.
 
     Raises:
-        InputError: The model cannot be read, or a weight cannot be initialized from.
+        InputError: The model cannot be read, a weight cannot be initialized from, or a target is
+            some parts of a kernel where a setting takes whole ones.
     """
     adapter, started = _fresh(config, targets), {}
     quantization = config.quant.format if config.method == "qlora" else None
@@ -124,8 +130,11 @@ def load_start(
         )
         return leaf
 
+    from_weights = config.lora.init not in PLAIN_INITS
+    if from_weights or config.lora.dora:
+        check_whole(adapter, "DoRA" if config.lora.dora else f"init {config.lora.init!r}")
     own: dict[str, Any] = {path: _as_it_is for path in beside.whole if _in_four_bits(config, path)}
-    if config.lora.init not in PLAIN_INITS:
+    if from_weights:
         own |= {path: functools.partial(split, path) for path in adapter}
     model = load_model(
         config.model,

@@ -21,11 +21,13 @@ WIDE = dataclasses.replace(TINY, n_layers=2, d_model=512, d_ff=1024, n_heads=8, 
                            head_dim=64, vocab_size=512)  # fmt: skip
 
 
-@pytest.mark.parametrize("full", [True, False])
-def test_the_count_is_that_of_the_compiler(full: bool):
+@pytest.mark.parametrize(("full", "gated"), [(True, True), (False, True), (False, False)])
+def test_the_count_is_that_of_the_compiler(full: bool, gated: bool):
     """Gradients of all weights, or of the activations alone; layers unrolled, for XLA's sake."""
     seq, rows = 32, 2
-    config = dataclasses.replace(WIDE, n_layers=1)  # XLA counts the body of a loop once
+    config = dataclasses.replace(
+        WIDE, n_layers=1, gated=gated
+    )  # XLA counts the body of a loop once
     apply = decoder_functions(config).apply
     params = abstract_params(config)
     tokens = jax.ShapeDtypeStruct((rows, seq), jnp.int32)

@@ -22,7 +22,7 @@ from jax_qlora.tree import flatten_paths, nbytes
 from tests.helpers import GOLDEN, assert_trees_close, golden
 
 MODELS = GOLDEN / "models"
-FAMILIES = ["mistral_sharded", "qwen2", "qwen3", "phi3", "gemma2", "gemma3_text"]
+FAMILIES = ["mistral_sharded", "qwen2", "qwen3", "phi3", "gemma2", "gemma3_text", "gpt2"]
 EXPERTS = ["mixtral", "qwen3_moe"]
 EXACT = ["llama", "llama_rope3_tied", "llama_bnb4", "llama_bnb4_nodq_fp4", *FAMILIES, *EXPERTS]
 # float32 logits of magnitude 4, summed in another order

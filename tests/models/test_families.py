@@ -112,3 +112,48 @@ def test_half_precision_stays_close():
     want, got = m.apply(m.params, t), half(m.params, t)
     assert got.dtype == jnp.float32
     assert jnp.linalg.norm(got - want) < 0.03 * jnp.linalg.norm(want)
+
+
+GPT2 = dataclasses.replace(
+    TINY,
+    n_kv_heads=4,
+    fused=True,
+    gated=False,
+    layer_norm=True,
+    learned_positions=True,
+    activation="gelu_tanh",
+    qkv_bias=True,
+    out_bias=True,
+    mlp_bias=True,
+    tied=True,
+)
+
+
+def test_learned_positions_count_tokens_and_not_padding():
+    """Moved to the right of padding, or behind another document, a text has the same logits."""
+    m, t = model(GPT2), tokens(1, 8)
+    want = m.apply(m.params, t)
+    padded, mask = jnp.pad(t, ((0, 0), (4, 0))), jnp.arange(12)[None] >= 4
+    got = m.apply(m.params, padded, attention_mask=mask)
+    np.testing.assert_allclose(got[:, 4:], want, atol=1e-5)
+    packed, segments = jnp.concatenate([t, t], axis=1), jnp.arange(16)[None] // 8
+    got = m.apply(m.params, packed, segment_ids=segments)
+    np.testing.assert_allclose(got[:, 8:], want, atol=1e-5)
+    other = m.apply(m.params, t, positions=jnp.arange(8)[None] + 1)
+    assert jnp.abs(other - want).max() > 1e-2
+
+
+def test_the_loop_trains_parts_of_a_fused_kernel_without_rotations():
+    """In two chunks of tokens, on 4 bits, against autodiff of the merged whole."""
+    config = dataclasses.replace(GPT2, max_length=512, n_layers=2)
+    m, t = model(config), tokens(1, 512)
+    find = jq.find_targets(m.apply, m.params, t, parts=config.parts)
+    assert "layers/mlp/up_proj/kernel" in find and "embed_positions/embedding" not in find
+    base = jq.quantize(m.params, find, block_size=32)
+    targets = find.select(["qkv_proj[q,v]", "down_proj"])
+    fresh = jq.init_adapter(jax.random.key(1), targets, rank=2)
+    adapter = jax.tree.map(lambda x: x + 0.05, fresh)
+    apply = decoder_functions(config, remat="full", transform=jq.lift, layer_chunk=256).apply
+    got = jax.jit(jax.grad(lambda a: jnp.mean(apply(jq.attach(base, a), t) ** 2)))(adapter)
+    want = jax.jit(jax.grad(lambda a: jnp.mean(m.apply(jq.merge(base, a), t) ** 2)))(adapter)
+    assert_trees_close(got, want, rtol=1e-3, atol=1e-5)

@@ -18,7 +18,7 @@ from jax_qlora.costs.formula import estimate
 from jax_qlora.costs.gpus import GIB
 from jax_qlora.costs.held import held
 from jax_qlora.errors import InputError
-from jax_qlora.models.presets import LLAMA_2_7B, LLAMA_3_1_8B, PRESETS, TINY
+from jax_qlora.models.presets import GPT_2, LLAMA_2_7B, LLAMA_3_1_8B, PRESETS, TINY
 from jax_qlora.planner import GPUS, compiler, read_decoder
 from jax_qlora.planner.plan import DEFAULTS
 from jax_qlora.planner.worker import decoder_from_json
@@ -52,6 +52,12 @@ def test_what_is_held_is_exact(decoder, config):
     for name in ("base", "constants", "trainable", "optimizer"):
         got, exact = getattr(found, name), getattr(want, name)
         assert abs(got - exact) <= 64 + exact * 1e-4, name
+
+
+def test_what_is_held_of_gpt2_and_of_parts_is_exact():
+    test_what_is_held_is_exact(GPT_2, settings(quant__embeddings=True))
+    parts = ("c_attn[q,v]", "mlp.c_proj")
+    test_what_is_held_is_exact(GPT_2, settings(lora__targets=parts, lora__rank=8))
 
 
 @pytest.mark.parametrize("embeddings", [False, True])

@@ -43,6 +43,21 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "norm_topk_prob": True,
         },
     ),
+    "gpt2": (
+        "GPT2LMHead",
+        dict(
+            vocab_size=96,
+            n_embd=32,
+            n_layer=2,
+            n_head=4,
+            n_inner=64,
+            n_positions=64,
+            initializer_range=0.3,
+            bos_token_id=1,
+            eos_token_id=2,
+            pad_token_id=0,
+        ),
+    ),
 }
 SEQ, PADDING, NEW = 20, 7, 12
 
@@ -83,9 +98,14 @@ def main() -> None:
     arrays: dict[str, Any] = {}
     for name, (prefix, settings) in MODELS.items():
         torch.manual_seed(0)
-        config = getattr(transformers, f"{prefix}Config")(**settings)
+        config = getattr(transformers, f"{prefix.removesuffix('LMHead')}Config")(**settings)
         config._attn_implementation = "eager"
-        model = getattr(transformers, f"{prefix}ForCausalLM")(config).eval()
+        kind = f"{prefix}Model" if prefix.endswith("LMHead") else f"{prefix}ForCausalLM"
+        model = getattr(transformers, kind)(config).eval()
+        if name == "gpt2":  # whose biases start at zero, and norms at one
+            for parameter in model.parameters():
+                if parameter.ndim == 1:
+                    parameter.data += 0.2 * torch.randn_like(parameter)
         model.save_pretrained(GOLDEN / "models" / name)
         arrays |= {f"{name}/{key}": x for key, x in outputs(model, torch).items()}
     np.savez_compressed(GOLDEN / "family_outputs.npz", **arrays)

@@ -123,7 +123,11 @@ def whole_blocks(torch: Any, tmp_path: Path) -> Any:
 
         torch.manual_seed(0)
         config = transformers.AutoConfig.from_pretrained(golden_model(family))
-        config.intermediate_size, config.dtype = 192, torch.float32
+        if family == "gpt2":
+            config.n_embd, config.n_inner = 64, 192
+        else:
+            config.intermediate_size = 192
+        config.dtype = torch.float32
         config.initializer_range = 0.15  # far from uniform logits
         model = transformers.AutoModelForCausalLM.from_config(config)
         model.save_pretrained(tmp_path / "dense")
