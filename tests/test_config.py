@@ -72,7 +72,7 @@ def test_an_integer_is_a_number_and_a_list_becomes_a_tuple():
         ("learning_rate = 1e-3", r"key 'learning_rate'. Did you mean 'optim.learning_rate'\?"),
         ('[lora]\nrank = "8"', r"run.toml': lora.rank: expected an integer, found \"8\""),
         ("[lora]\nrank = true", r"lora.rank: expected an integer, found true"),
-        ("[lora]\nrank = 0", r"lora.rank: expected a number at least 1, found 0"),
+        ("[lora]\nrank = 0", r"lora.rank: expected at least 1 where nothing else trains, found 0"),
         ("[lora]\ndropout = 1.5", r"lora.dropout: expected a number at least 0 and at most 0.999"),
         ("[lora]\nrslora = 1", r"lora.rslora: expected true or false, found 1"),
         ("[lora]\ntargets = 3", r"lora.targets: expected a string or a list of strings, found 3"),
@@ -126,7 +126,7 @@ def test_missing_file(tmp_path):
 
 def test_check_config_names_the_source():
     config = dataclasses.replace(Config(), lora=LoraConfig(rank=-1))
-    with pytest.raises(InputError, match="^command line: lora.rank: expected a number at least 1"):
+    with pytest.raises(InputError, match="^command line: lora.rank: expected a number at least 0"):
         check_config(config, where="command line")
 
 

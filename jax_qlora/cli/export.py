@@ -10,7 +10,15 @@ from tyro.conf import Positional
 
 from ..errors import InputError
 from .arguments import parse
-from .loading import Source, complete, describe, load, load_adapter_alone, require_quantization
+from .loading import (
+    Source,
+    complete,
+    describe,
+    load,
+    load_adapter_alone,
+    refuse_prompt,
+    require_quantization,
+)
 from .merge import merge
 from .settings import ensure_downloaded
 from .writing import check_logits, progress, report, updates_note
@@ -50,6 +58,8 @@ def run(args: Sequence[str]) -> int:
     """
     arguments = parse(Arguments, args, prog="jax-qlora export")
     name, adapter_path, settings = complete(arguments)
+    if arguments.format != "peft" or "prompt" in settings:
+        refuse_prompt(adapter_path, settings)
     if arguments.format in ("peft", "gguf-lora"):
         if adapter_path is None:
             raise InputError(
@@ -88,6 +98,9 @@ def _export_adapter(name: str, adapter_path: str, arguments: Arguments) -> None:
     )
     figures = {"output": arguments.output, "modules": written.modules, "b_norm": written.b_norm}
     text = f"Wrote '{arguments.output}': {written.modules} modules, norm of B {written.b_norm:.3g}."
+    if written.virtual_tokens:
+        figures = {"output": arguments.output, "virtual_tokens": written.virtual_tokens}
+        text = f"Wrote '{arguments.output}': {written.virtual_tokens} virtual tokens."
     print(json.dumps(figures) if arguments.json else text)
 
 

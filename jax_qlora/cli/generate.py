@@ -15,7 +15,7 @@ from tyro.conf import Positional, UseAppendAction
 from ..errors import InputError
 from .arguments import parse
 from .compiled import keep_compiled
-from .loading import Source, complete, load
+from .loading import Source, complete, load, refuse_prompt
 
 BASE = "base"
 """Who answers without an adapter."""
@@ -68,6 +68,9 @@ def run(args: Sequence[str]) -> int:
             "its 4-bit base is its own: expected a base that all adapters share. Compare on the "
             "dense model (--quantization none), or answer with one adapter at a time."
         )
+    if directories:
+        for directory in directories.values():
+            refuse_prompt(directory, settings)
     model, adapter = load(name, None if directories else adapter_path, settings)
 
     import jax

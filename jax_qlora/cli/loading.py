@@ -21,11 +21,12 @@ class Source:
     """Which model and adapter."""
 
     run: str | None = None
-    """Directory of a run of `jax-qlora train`: its model, quantization and adapter."""
+    """Directory of a run of `jax-qlora train`: its model, quantization, adapter and prompt."""
     model: str | None = None
     """A local directory, a .gguf file, a known name, or a Hugging Face Hub id."""
     adapter: str | None = None
-    """Directory of an adapter in PEFT's format, or a .gguf file of one."""
+    """Directory of an adapter, prompt or prefix in PEFT's format, or a .gguf file of an adapter.
+    With --run it takes the place of the run's own adapter and prompt."""
     quantization: Literal["nf4", "fp4", "int4", "none"] | None = None
     """How the base is held; that of the run by default."""
 
@@ -52,7 +53,10 @@ def complete(source: Source) -> tuple[str, str | None, dict[str, Any]]:
             model = model or str(run / "model")
             settings["quantization"] = None
         else:
-            model, adapter = model or config.model, adapter or str(run / "adapter")
+            if adapter is None and config.virtual_tokens and config.lora.rank:
+                settings["prompt"] = str(run / "prompt")
+            model = model or config.model
+            adapter = adapter or str(run / ("adapter" if config.lora.rank else "prompt"))
             settings["quantization"] = config.quant.format if config.method == "qlora" else None
             settings["block_size"] = config.quant.block_size
             settings["double_quant"] = config.quant.double_quant
@@ -96,6 +100,34 @@ def _check_own_base(source: Source, run: Path, config: Config) -> None:
         )
 
 
+def refuse_prompt(adapter: str | None, settings: dict[str, Any]) -> None:
+    """Check that what is to be written has no prompt or prefix.
+
+    Args:
+        adapter: Directory, or None.
+        settings: What `complete` returns.
+
+    Raises:
+        InputError: It has.
+    """
+    from ..interop.peft_config import read_document
+    from ..interop.peft_prompt import KINDS
+
+    if "prompt" in settings:
+        raise InputError(
+            f"--run: it trained the virtual tokens in '{settings['prompt']}' beside its adapter: "
+            "expected one adapter of weights alone, as no weight can take tokens in. Name one of "
+            f"the two: --adapter {adapter} writes what LoRA learned, which is not the whole model."
+        )
+    if adapter is None or adapter.endswith(".gguf"):
+        return
+    if read_document(Path(adapter)).get("peft_type") in KINDS:
+        raise InputError(
+            f"'{adapter}' holds virtual tokens: expected updates of weights, as no weight can take "
+            "tokens in. PEFT loads that directory as it is; `jax-qlora generate` answers with it."
+        )
+
+
 def require_quantization(settings: dict[str, Any]) -> None:
     """Check that it is said how the base was held when the adapter was trained.
 
@@ -131,6 +163,8 @@ def load(
     from ..interop.open import open_checkpoint
     from ..interop.peft import load_adapter
 
+    settings = dict(settings)
+    prompt = settings.pop("prompt", None)
     with Console(stderr=True).status(f"Loading {model} ..."):  # on a terminal only
         if "start" in settings and adapter is not None:
             from ..train.examples import read_description
@@ -139,12 +173,16 @@ def load(
             run = settings["start"]
             decoder, *_ = read_description(model, run.data.new_tokens)
             loaded, _ = load_start(run, find_decoder_targets(decoder, run))
-            return loaded, undo_relative(load_adapter(adapter, loaded))
-        new_tokens = ()
-        if adapter is not None:
-            new_tokens = tokens_beside(adapter, open_checkpoint(model).path)
-        loaded = load_model(model, new_tokens=new_tokens, **settings)
-        return loaded, None if adapter is None else load_adapter(adapter, loaded)
+            found = undo_relative(load_adapter(adapter, loaded))
+        else:
+            new_tokens = ()
+            if adapter is not None:
+                new_tokens = tokens_beside(adapter, open_checkpoint(model).path)
+            loaded = load_model(model, new_tokens=new_tokens, **settings)
+            found = None if adapter is None else load_adapter(adapter, loaded)
+        if found is not None and prompt is not None:
+            found |= load_adapter(prompt, loaded)
+        return loaded, found
 
 
 def describe(model: str, adapter: str | None) -> "tuple[DecoderConfig, Any, tuple[str, ...]]":

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from tyro.conf import Positional
 
 from .arguments import parse
-from .loading import Source, complete, load, require_quantization
+from .loading import Source, complete, load, refuse_prompt, require_quantization
 from .writing import check_logits, progress, report, updates_note
 
 
@@ -41,6 +41,7 @@ def run(args: Sequence[str]) -> int:
     """
     arguments = parse(Arguments, args, prog="jax-qlora merge")
     name, adapter_path, settings = complete(arguments)
+    refuse_prompt(adapter_path, settings)
     require_quantization(settings)
     merge(name, adapter_path, settings, arguments)
     return 0

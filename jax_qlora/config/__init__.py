@@ -10,9 +10,11 @@ from .tables import DataConfig as DataConfig
 from .tables import EvalConfig as EvalConfig
 from .tables import LoraConfig as LoraConfig
 from .tables import OptimConfig as OptimConfig
+from .tables import PromptConfig as PromptConfig
 from .tables import QuantConfig as QuantConfig
 from .tables import Range as Range
 from .tables import TrainConfig as TrainConfig
+from .values import describe_adapter as describe_adapter
 from .values import flat_settings as flat_settings
 from .values import replaced as replaced
 from .values import run_identity as run_identity

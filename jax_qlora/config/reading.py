@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from ..errors import InputError
 from ..lora.inits import PLAIN_INITS, check_init
-from .tables import Config
+from .tables import Config, LoraConfig
 from .values import annotations, leaves, toml_value
 
 
@@ -74,7 +74,7 @@ def check_config(config: Config, *, where: str = "settings") -> None:
         except InputError as error:
             wrong.append(str(error))
     _refuse(wrong, where)
-    _refuse(list(_contradictions(config)), where)
+    _refuse([*_contradictions(config), *_prompt_contradictions(config)], where)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -123,6 +123,39 @@ def _contradictions(config: Config) -> Iterator[str]:
         yield (
             f"optim.warmup_steps: expected fewer than train.steps = {config.train.steps}, found "
             f"{config.optim.warmup_steps}. Lower the warm-up or train for more steps."
+        )
+
+
+def _prompt_contradictions(config: Config) -> Iterator[str]:
+    """Likewise, of virtual tokens and of a run without LoRA."""
+    text, lora = config.prompt.init_text, config.lora
+    if text is not None and not text.strip():
+        yield "prompt.init_text: expected some words, found none."
+    if config.method == "full":
+        if config.virtual_tokens:
+            yield (
+                'prompt.kind: expected method "qlora" or "lora", which freeze the base, found '
+                'method = "full". Leave the prompt out, or freeze the base.'
+            )
+        return
+    if lora.rank:
+        return
+    if not config.virtual_tokens:
+        yield (
+            "lora.rank: expected at least 1 where nothing else trains, found 0. Raise it, or set "
+            'prompt.kind = "prompt" or "prefix".'
+        )
+    plain = dataclasses.replace(LoraConfig(), rank=0)
+    for name, value in vars(lora).items():
+        if value != getattr(plain, name):
+            yield (
+                f"lora.{name}: expected no setting of LoRA beside lora.rank = 0, which turns it "
+                "off. Leave it out, or raise the rank."
+            )
+    if config.data.new_tokens:
+        yield (
+            "data.new_tokens: expected lora.rank above 0 beside them, as PEFT saves their rows "
+            "with updates only, found 0. Leave them out, or raise the rank."
         )
 
 

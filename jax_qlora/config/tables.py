@@ -56,8 +56,8 @@ class QuantConfig:
 class LoraConfig:
     """The adapter (methods "qlora" and "lora")."""
 
-    rank: Count = 16
-    """Inner dimension of the update B A."""
+    rank: CountOrZero = 16
+    """Inner dimension of the update B A; 0: no update, where a prompt trains alone."""
     alpha: Positive = 32.0
     """Numerator of the scale: the update is multiplied by alpha / rank."""
     dropout: Annotated[float, Range(0, 0.999)] = 0.0
@@ -86,6 +86,21 @@ class LoraConfig:
     """Biases that train: all of the model, or those of the targets."""
     trainable_token_indices: tuple[CountOrZero, ...] = ()
     """Rows of the embedding (with a tied one of the head too) that train, all others frozen."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptConfig:
+    """Virtual tokens before every text, which train beside LoRA, or alone with lora.rank = 0."""
+
+    kind: Literal["none", "prompt", "prefix"] = "none"
+    """What of them trains: "prompt", embeddings (prompt tuning); "prefix", keys and values in every
+    layer (prefix tuning); "none": there are none."""
+    tokens: Count = 20
+    """How many."""
+    init: Literal["vocabulary", "random"] = "vocabulary"
+    """Start: what the model has for tokens drawn from the vocabulary, or standard normal values."""
+    init_text: str | None = None
+    """Start from this text's tokens instead, repeated or cut off to `tokens`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,7 +217,13 @@ class Config:
     """Seed of the adapter, the order of examples and dropout."""
     quant: QuantConfig = field(default_factory=QuantConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
+    prompt: PromptConfig = field(default_factory=PromptConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+
+    @property
+    def virtual_tokens(self) -> int:
+        """How many virtual tokens stand before every text."""
+        return 0 if self.prompt.kind == "none" else self.prompt.tokens

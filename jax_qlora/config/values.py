@@ -90,3 +90,16 @@ def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
             yield from leaves(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value, hints[name]
+
+
+def describe_adapter(config: Config) -> str:
+    """Return in words what of a run trains beside a frozen base.
+
+    >>> from jax_qlora.config import PromptConfig
+    >>> describe_adapter(Config(prompt=PromptConfig(kind="prefix")))
+    'rank 16, prefix of 20 tokens'
+    """
+    parts = [f"rank {config.lora.rank}"] if config.lora.rank else []
+    if config.virtual_tokens:
+        parts.append(f"{config.prompt.kind} of {config.prompt.tokens} tokens")
+    return ", ".join(parts)

@@ -54,8 +54,9 @@ def estimate(decoder: DecoderConfig, config: Config, targets: Targets | None, *,
         decoder: The model's shape, rows for `data.new_tokens` included.
         config: Settings of the run.
         targets: Adapted kernels, from `find_decoder_targets`; None where every weight trains.
-        seq: Tokens of a row.
+        seq: Tokens of a row, without virtual ones.
     """
+    seq += config.virtual_tokens
     weights = _weights(decoder)
     chosen = list(targets.values()) if targets is not None else []
     base = constants = adapter = streamed = replaced = 0
@@ -80,6 +81,8 @@ def estimate(decoder: DecoderConfig, config: Config, targets: Targets | None, *,
             adapter += math.prod(target.lead) * rank * (outputs + inputs)
         replaced, rows = _trained_beside(decoder, config, beside)
         adapter += replaced + rows
+        wide = {"none": 0, "prompt": decoder.d_model, "prefix": 2 * decoder.n_layers * _kv(decoder)}
+        adapter += config.virtual_tokens * wide[config.prompt.kind]
         trainable, parameters = 4 * adapter, adapter
     each = {"float32": 8.0, "bfloat16": 4.0, "8bit": 2 + 8 / 256}[config.optim.state]
     moments = int(each * parameters)

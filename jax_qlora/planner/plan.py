@@ -229,7 +229,7 @@ def _most(
         "sequence length": (lambda n: other(config, n), decoder.max_length),
         "batch size": (lambda n: other(replaced(config, {"train.batch_size": n}), seq), 4096),
     }
-    if targets is not None:
+    if targets:
         widest = min(min(t.layout.rows, t.layout.cols) for t in targets.values())
         questions["rank"] = (lambda n: other(replaced(config, {"lora.rank": n}), seq), widest)
     answers = {}

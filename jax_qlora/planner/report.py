@@ -5,7 +5,7 @@ import dataclasses
 import io
 from typing import Any
 
-from ..config import Config
+from ..config import Config, describe_adapter
 from ..costs.advice import verdict
 from ..costs.formula import Bytes
 from ..costs.gpus import GIB
@@ -113,7 +113,9 @@ class Report:
 
     def __str__(self) -> str:
         config, train = self.config, self.config.train
-        method = config.method + (f" rank {config.lora.rank}" if config.method != "full" else "")
+        method = config.method
+        if method != "full":
+            method += f" {describe_adapter(config)}"
         rows = [(name, _gib(getattr(self.planned, name)), _WORDS[name]) for name in _PARTS]
         rows += [
             ("device", _gib(self.device_bytes), f"of {_gib(self.capacity)} GiB: {self.verdict}"),

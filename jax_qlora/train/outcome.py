@@ -12,9 +12,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from ..config import Config, to_toml
+from ..config import Config, describe_adapter, to_toml
 from ..data.metrics import archaic_share, chrf
-from ..lora import relative_to_start
+from ..lora import relative_to_start, split_virtual
 from ..models import Model
 from ..report import Display, Record, draw_losses, write_json, write_page, write_text
 from ..typing import PyTree
@@ -61,8 +61,8 @@ def finish(
     speed = speed_figures(records)
     figures = {**about, **_losses(records), **speed, **_scores(config, rows), **_machine()}
     name = Path(config.model).name
-    rank = f", rank {config.lora.rank}" if config.method != "full" else ""
-    title = f"{name}: {config.method}{rank} on {Path(config.data.source).name}"
+    adapter = f", {describe_adapter(config)}" if config.method != "full" else ""
+    title = f"{name}: {config.method}{adapter} on {Path(config.data.source).name}"
     picture = draw_losses(records, title=title)
     write_text(run / "loss.png", picture)
     write_page(
@@ -95,10 +95,15 @@ def _export(
         return written.path
     from ..interop.peft import save_adapter
 
-    adapter = trainable if start is None else relative_to_start(trainable, start)
+    # PEFT has the two in directories of their own
+    adapter, virtual = split_virtual(trainable)
+    if virtual:
+        save_adapter(run / "prompt", virtual, model, base_model=config.model)
+    if not adapter:
+        return run / "prompt"
     save_adapter(
         run / "adapter",
-        adapter,
+        adapter if start is None else relative_to_start(adapter, start),
         model,
         base_model=config.model,
         tokenizer=model.tokenizer if config.data.new_tokens else None,

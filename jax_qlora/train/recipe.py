@@ -28,7 +28,7 @@ from ..errors import InputError
 from ..evaluate import Batch, answer_loss, assemble, held_out_batches, held_out_loss
 from ..interop.load import load_model, stored_dtypes, training_compute_dtype
 from ..interop.peft_select import Beside, select_beside
-from ..lora import Targets, summary
+from ..lora import Targets, split_virtual, summary
 from ..lora.inits import PLAIN_INITS
 from ..models import DecoderConfig, Model
 from ..models.cudnn_attention import check_device
@@ -42,6 +42,7 @@ from .answers import Answers, held_out_prompts, system_prompt
 from .examples import Data, load_data, read_description
 from .memory import MemoryCheck, on_shortage
 from .outcome import finish
+from .prompt import prompt_shapes
 from .shapes import Run, abstract_run, place_run
 from .speed import batch_flops, describe_speed, speed_figures
 from .start import find_decoder_targets, load_start
@@ -107,9 +108,10 @@ def train(config: Config, *, console: Console | None = None) -> Result:
         beside = Beside()
         if config.method != "full":
             beside = select_beside(config.lora, decoder, targets, new_tokens=new_tokens)
-        data = load_data(config, tokenizer, context=decoder.max_length)
+        prompt_shapes(config, decoder)  # too many virtual tokens for the model show here
+        data = load_data(config, tokenizer, context=decoder.max_length - config.virtual_tokens)
         if config.train.attention == "cudnn" and config.train.remat in ("full", "offload"):
-            longest = max(data.longest, data.longest_held_out)
+            longest = max(data.longest, data.longest_held_out) + config.virtual_tokens
             check_whole_rows(config.train.batch_size, longest, config.train.layer_chunk)
         memory = MemoryCheck(decoder, config, targets, seq=data.longest)
         stack.enter_context(on_shortage(memory.explain))  # from here on it can run out
@@ -126,7 +128,7 @@ def train(config: Config, *, console: Console | None = None) -> Result:
         model, trainable, frozen = load(config, adapted, show, beside)
         # The start is written off the adapter in the end, where it came out of the weights.
         from_weights = frozen is not None and config.lora.init not in PLAIN_INITS
-        start = jax.device_get(trainable) if from_weights else None
+        start = jax.device_get(split_virtual(trainable)[0]) if from_weights else None
         rows = config.train.batch_size * config.train.accumulate
         show.print(
             f"{len(data.train):,} examples to learn, {len(data.held_out)} held out; "
@@ -179,7 +181,9 @@ def train(config: Config, *, console: Console | None = None) -> Result:
         with stop_requests(show.print) as stop:
 
             def measure(state: TrainState) -> None:
-                loss = functools.partial(loss_of, state.trainable, frozen)
+                # before the first step virtual tokens are not the base yet, so they are left out
+                now = state.trainable if int(state.step) else split_virtual(state.trainable)[0]
+                loss = functools.partial(loss_of, now, frozen)
                 with show.phase("Held-out loss", len(held_out), brief=True) as phase:
                     mean = held_out_loss(loss, held_out, on_batch=phase.update, stop=stop)
                 if not stop():
@@ -194,7 +198,7 @@ def train(config: Config, *, console: Console | None = None) -> Result:
             prompts = held_out_prompts(data, model, config.eval.answers)
             answers = Answers(prompts, model, config, run)
             if first == 0 or not answers.recall_before():
-                answers.answer_before(assemble(trainable, frozen), show, stop)
+                answers.answer_before(assemble(split_virtual(trainable)[0], frozen), show, stop)
             del trainable  # the first step donates it
 
             # During.

@@ -23,6 +23,7 @@ from ..quant import QuantizedArray, quantize_array
 from ..quant.streaming import fetch
 from ..tree import map_with_path
 from ..typing import Array, PyTree
+from .prompt import prompt_shapes
 from .start import find_decoder_targets, make_adapter
 from .step import Step, init_state, make_optimizer, make_step
 
@@ -128,6 +129,7 @@ def abstract_run(
         beside = select_beside(config.lora, decoder, targets, new_tokens=new_tokens)
         frozen = _quantized(params, config, beside) if config.method == "qlora" else params
         trainable = jax.eval_shape(lambda base: make_adapter(config, targets, base, beside), frozen)
+        trainable |= prompt_shapes(config, decoder)
     optimizer, _ = make_optimizer(config.optim, config.train.steps)
     width = seq - 1 if width is None else width
     step = make_step(model, optimizer, config, width=width, half=half, paging=paging)

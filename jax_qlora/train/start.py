@@ -32,6 +32,7 @@ from ..lora.inits import PLAIN_INITS, check_whole, init_kernel
 from ..lora.targets import select_targets
 from ..models import DecoderConfig, Model, abstract_params, decoder_functions
 from ..typing import Array, PyTree
+from .prompt import start_prompt
 
 _NOTHING = Beside()
 
@@ -39,7 +40,8 @@ _NOTHING = Beside()
 def find_decoder_targets(decoder: DecoderConfig, config: Config) -> Targets:
     """Return the kernels that have updates in a decoder of this shape.
 
-    Those that `config.lora.targets` names, without the modules that train as a whole, as in PEFT.
+    Those that `config.lora.targets` names, without the modules that train as a whole, as in PEFT;
+    with rank 0 none.
     They answer to their names in checkpoints as well ("c_attn" of GPT-2), and so do their parts.
 
     Args:
@@ -60,6 +62,8 @@ def find_decoder_targets(decoder: DecoderConfig, config: Config) -> Targets:
     found = find_targets(functions.apply, abstract_params(decoder), tokens, parts=decoder.parts)
     aliased = [replace(t, alias=unnumbered_name(t.path, decoder)) for t in found.found]
     targets = select_targets(aliased, names)
+    if not lora.rank:
+        return Targets((), targets.found)
     whole = select_modules(lora, decoder)
     left = tuple(target for target in targets.selected if target.path not in whole)
     if not left:
@@ -145,7 +149,8 @@ def load_start(
         **encoding,
         **options,
     )
-    return model, _complete(config, adapter | started, targets, model.params, beside)
+    adapter = _complete(config, adapter | started, targets, model.params, beside)
+    return model, adapter | start_prompt(config, model)
 
 
 def undo_relative(adapter: Adapter) -> Adapter:
