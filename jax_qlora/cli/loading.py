@@ -110,7 +110,7 @@ def refuse_prompt(adapter: str | None, settings: dict[str, Any]) -> None:
     Raises:
         InputError: It has.
     """
-    from ..interop.peft_config import read_document
+    from ..interop.peft_config import CONFIG_NAME, read_document
     from ..interop.peft_prompt import KINDS
 
     if "prompt" in settings:
@@ -119,8 +119,8 @@ def refuse_prompt(adapter: str | None, settings: dict[str, Any]) -> None:
             "expected one adapter of weights alone, as no weight can take tokens in. Name one of "
             f"the two: --adapter {adapter} writes what LoRA learned, which is not the whole model."
         )
-    if adapter is None or adapter.endswith(".gguf"):
-        return
+    if adapter is None or not (Path(adapter) / CONFIG_NAME).is_file():
+        return  # one that is missing is found later
     if read_document(Path(adapter)).get("peft_type") in KINDS:
         raise InputError(
             f"'{adapter}' holds virtual tokens: expected updates of weights, as no weight can take "
