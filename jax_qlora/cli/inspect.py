@@ -74,4 +74,8 @@ def _adapter(found: dict[str, Any]) -> Iterator[str]:
     for name, ranks in found["targets"].items():
         text = ", ".join(f"{count} of rank {rank}" for rank, count in ranks.items())
         yield f"  {name:<20} {text}"
+    if found.get("whole"):
+        yield "trained whole:"
+    for name, count in found.get("whole", {}).items():
+        yield f"  {name:<32} {count}"
     yield "loads here" if found["loads"] is True else f"does not load here: {found['loads']}"

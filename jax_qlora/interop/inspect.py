@@ -161,10 +161,17 @@ def _inspect_adapter(path: Path) -> dict[str, Any]:
         "virtual_tokens": raw.get("num_virtual_tokens"),
         **_updates(shapes, ".lora_A.weight"),
         "targets": _updates(named, ".lora_A.weight")["targets"],
+        "whole": _whole(shapes),
         "dtypes": sorted({str(x.dtype) for x in header.values()}),
         "bytes": sum(x.nbytes for x in header.values()),
         "loads": loads,
     }
+
+
+def _whole(names: Iterable[str]) -> dict[str, int]:
+    """Parameters that are no updates but replaced, by the end of their names, and their number."""
+    plain = (n for n in names if n.endswith((".weight", ".bias")) and "lora_" not in n)
+    return dict(Counter(_LAYER.split(n)[-1].rpartition("model.")[2] for n in plain))
 
 
 def _inspect_gguf_adapter(

@@ -95,6 +95,7 @@ def test_adapters():
     }
     assert found["targets"]["self_attn.q_proj"] == dict.fromkeys(ranks.values(), 2)
     assert found["loads"] is True
+    assert inspect(GOLDEN / "adapters" / "modules_to_save")["whole"] == {"lm_head.weight": 1}
     found = inspect(GOLDEN / "adapters" / "mixtral_experts")
     assert found["targets"] == {  # of one expert
         "self_attn.q_proj": {2: 2},
