@@ -26,6 +26,17 @@ WINDOWS: dict[str, Any] = dict(
     n_layers=2, sliding_window=4, local_layers=(True, False), local_rope_theta=500.0, qk_norm=True
 )
 
+LEARNED: dict[str, Any] = dict(
+    learned_positions=True,
+    layer_norm=True,
+    gated=False,
+    qkv_bias=True,
+    out_bias=True,
+    mlp_bias=True,
+    activation="gelu_tanh",
+    n_kv_heads=4,
+)
+
 
 @functools.cache
 def tiny(**changes: Any) -> Model:
@@ -62,7 +73,7 @@ def by_hand(model: Model, virtual: Any, tokens: jax.Array, dtype: Any = jnp.floa
         nnx.eval_shape(lambda: Decoder(config, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0)))
     )[0]
     decoder = nnx.merge(graphdef, model.params)
-    x, keys, values = decoder.embed(tokens), None, None
+    x, keys, values = decoder.embed_tokens(tokens), None, None
     if "prompt" in virtual:
         rows = jnp.tile(virtual["prompt"].values[None], (tokens.shape[0], 1, 1))
         x = jnp.concatenate([rows.astype(x.dtype), x], axis=1)
@@ -71,6 +82,8 @@ def by_hand(model: Model, virtual: Any, tokens: jax.Array, dtype: Any = jnp.floa
         keys, values = (virtual[f"layers/self_attn/prefix/{x}"].values for x in "kv")
         positions = COUNT + jnp.arange(seq)
     positions = jnp.tile(positions[None], (tokens.shape[0], 1)).astype(jnp.int32)
+    if decoder.embed_positions is not None:
+        x = x + decoder.embed_positions(positions)
     angles, local_angles = all_angles(config, positions)
     for number, window in enumerate(config.windows):
         layer = jax.tree.map(lambda a, n=number: a[n], nnx.state(decoder.layers))
@@ -93,7 +106,7 @@ def by_hand(model: Model, virtual: Any, tokens: jax.Array, dtype: Any = jnp.floa
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("changes", [{}, WINDOWS], ids=["plain", "windows"])
+@pytest.mark.parametrize("changes", [{}, WINDOWS, LEARNED], ids=["plain", "windows", "learned"])
 def test_hidden_states_are_those_of_plain_code(kind: str, changes: dict[str, Any]):
     """Also with padding, which changes nothing on either side, and windows, which it is not in."""
     model = tiny(**changes)
