@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import jax_qlora as jq
+from tests.helpers import GOLDEN
 
 pytestmark = [pytest.mark.reference, pytest.mark.filterwarnings("ignore")]
 
@@ -64,7 +65,7 @@ def save_family(name: str, path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", STARTS)
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3", "gemma3"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3", "gemma3", "gpt2"])
 def test_what_is_written_here_is_the_same_model_in_peft(
     torch: Any,
     peft: Any,
@@ -77,10 +78,13 @@ def test_what_is_written_here_is_the_same_model_in_peft(
 ):
     """Positions, rotations and windows; a prefix of a longer window than tokens as well."""
     path = checkpoint
-    if family != "llama":
+    if family == "gpt2":
+        path = GOLDEN / "models" / family
+    elif family != "llama":
         path = tmp_path / family
         save_family(family, path)
     ours = jq.load_model(path, quantization=None)
+    tokens = tokens % ours.config.vocab_size
     virtual = STARTS[kind](jax.random.key(1), ours, tokens=TOKENS, init="random")
     jq.save_adapter(tmp_path / "a", virtual, ours, base_model=str(path))
     model = peft.PeftModel.from_pretrained(theirs(path), tmp_path / "a").eval()
