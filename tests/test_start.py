@@ -34,6 +34,12 @@ from jax_qlora.train.step import form_of, make_optimizer
 from .helpers import GOLDEN, assert_trees_close, normal
 
 LLAMA = GOLDEN / "models" / "llama"
+PEFT = {
+    "adapter": str(GOLDEN / "adapters" / "qv_r4"),
+    "targets": ["q_proj", "v_proj"],
+    "rank": 4,
+    "alpha": 8,
+}
 TOKENS = jnp.array([[5, 7, 11, 13]])
 
 
@@ -60,6 +66,7 @@ def settings(output: Path, method: str, **lora: Any) -> Any:
         {"lora": {"init": "pissa_niter_4"}},
         {"lora": {"dora": True}},
         {"quant": {"embeddings": True}},
+        {"lora": PEFT | {"dropout": 0.1}},
         {"quant": {"streamed": True, "double_quant": False}},
         {
             "lora": {"modules_to_save": ["norm", "o_proj", "lm_head"]},
@@ -146,3 +153,36 @@ def test_a_run_from_what_quantization_lost(tmp_path):
 def test_impossible_starts(tmp_path, lora, method, message):
     with pytest.raises(InputError, match=message):
         settings(tmp_path, method, **lora)
+
+
+def test_a_run_goes_on_from_an_adapter_of_peft(tmp_path):
+    config = settings(tmp_path, "qlora", **PEFT, dropout=0.1)
+    text = io.StringIO()
+    with jax.numpy_dtype_promotion("standard"):  # as optax needs
+        assert train(config, console=Console(file=text, width=200)).step == 1
+    model = jq.load_model(LLAMA)
+    theirs = load_adapter(PEFT["adapter"], model)
+    _, start = load_start(config, find_decoder_targets(model.config, config))
+    assert {pair.dropout for pair in start.values()} == {0.1}
+    for path, pair in theirs.items():
+        np.testing.assert_array_equal(start[path].a, pair.a)
+        np.testing.assert_array_equal(start[path].b, pair.b)
+    trained = load_adapter(tmp_path / "adapter", model)
+    moved = [float(jnp.abs(trained[path].b - pair.b).max()) for path, pair in theirs.items()]
+    assert 0 < min(moved) and max(moved) < 1e-3  # one step of AdamW from there, not from zero
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rank": 8}, r"rank 4 and scale 2 there and an update of rank 8 and scale 1 here"),
+        ({"targets": ["q_proj"]}, r"v_proj/kernel' has an update .* there and nothing that trains"),
+        ({"adapter": "/nowhere"}, r"nothing at '/nowhere'"),
+        ({"init": "pissa"}, r"lora.init = 'pissa', which starts otherwise"),
+    ],
+)
+def test_an_adapter_that_does_not_suit_the_settings(tmp_path, change, message):
+    config = settings(tmp_path, "qlora", **(PEFT | change))
+    with pytest.raises(InputError, match=message), jax.numpy_dtype_promotion("standard"):
+        train(config, console=Console(file=io.StringIO()))
+    assert not (tmp_path / "adapter").exists()

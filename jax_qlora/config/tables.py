@@ -68,6 +68,9 @@ class LoraConfig:
     """Start of the adapter: "default", "gaussian", "pissa", "pissa_niter_N" (faster, N = 4 is
     common), "olora" or "loftq". The last four take a part out of the weights they read, and the
     adapter is written for the original weights, with twice the rank."""
+    adapter: str | None = None
+    """Go on from this adapter: a directory of PEFT's, such as a run's adapter/, or a .gguf file.
+    The other settings of this table describe it: targets, rank, alpha."""
     dora: bool = False
     """DoRA: the update turns each output row of a weight, and its length trains apart. Slower: the
     rows of each weight are summed anew in every step."""

@@ -39,6 +39,7 @@ from ..report import Display, Metrics, write_text
 from ..tree import nbytes
 from ..typing import Array, PyTree
 from .answers import Answers, held_out_prompts, system_prompt
+from .continued import check_adapter
 from .examples import Data, load_data, read_description
 from .memory import MemoryCheck, on_shortage
 from .outcome import finish
@@ -102,6 +103,7 @@ def train(config: Config, *, console: Console | None = None) -> Result:
         paging = make_paging(config.optim.placement)
         check_host_memory(streamed=config.quant.streamed, remat=config.train.remat)
         decoder, tokenizer, new_tokens = read_description(config.model, config.data.new_tokens)
+        check_adapter(config)
         if config.train.attention == "cudnn":
             check_device(decoder, _compute_dtype(config))
         targets = find_decoder_targets(decoder, config)

@@ -32,6 +32,7 @@ from ..lora.inits import PLAIN_INITS, check_whole, init_kernel
 from ..lora.targets import select_targets
 from ..models import DecoderConfig, Model, abstract_params, decoder_functions
 from ..typing import Array, PyTree
+from .continued import continue_from
 from .prompt import start_prompt
 
 _NOTHING = Beside()
@@ -150,6 +151,8 @@ def load_start(
         **options,
     )
     adapter = _complete(config, adapter | started, targets, model.params, beside)
+    if config.lora.adapter is not None:
+        adapter = continue_from(config.lora.adapter, adapter, model)
     return model, adapter | start_prompt(config, model)
 
 
