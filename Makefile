@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # make quickstart   environment, model and data, then QLoRA of a real language model
-# make test         the whole test suite, doctests and notebooks included
+# make test         the test suite, doctests and notebooks included
 # make lint         ruff, pyright, import contracts
 # make notebooks    colab/*.ipynb from colab/*.py
 #

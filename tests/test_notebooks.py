@@ -23,7 +23,6 @@ def test_notebook_is_its_text_without_outputs(text: Path):
     assert not any(cell.get("outputs") for cell in notebook.cells)
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("default")  # of the notebook machinery; the kernel is another process
 @pytest.mark.parametrize("text", TEXTS, ids=lambda path: path.name)
 def test_notebook_runs_in_smoke_mode(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

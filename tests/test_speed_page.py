@@ -16,8 +16,7 @@ def test_page_and_picture():
             "side": side,
             "step_s": 1.25 + number,
             "nf4_ratio": 0.75,
-            "first_s": 3.0,
-            "build_s": 2.0,
+            "start_s": 5.0,
             "peak_mib": 512.0,
             "train_peak_mib": 400.0,
             "versions": "library 1.2",
@@ -28,7 +27,7 @@ def test_page_and_picture():
     ]
     record = {"about": dict.fromkeys(names.split(), 2), "rows": rows}
     page = SCRIPT["page"](record, "two cores")
-    assert "| float32, kept | jax_qlora NF4 | 1.250 | 0.75 | 3.0 | 2.0 | 512 | 400 |" in page
-    assert "| bfloat16, recomputed | Qwix | 2.250 | 0.75 | 3.0 | 2.0 | 512 | 400 |" in page
+    assert "| float32, kept | jax_qlora NF4 | 1.250 | 0.75 | 5.0 | 512 | 400 |" in page
+    assert "| bfloat16, recomputed | Qwix | 2.250 | 0.75 | 5.0 | 512 | 400 |" in page
     assert "measured on two cores (2 CPUs)" in page and "| Qwix | library 1.2 |" in page
     assert SCRIPT["picture"](record).startswith(b"\x89PNG")

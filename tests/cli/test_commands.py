@@ -337,7 +337,6 @@ def start(output: Path, *more: str) -> subprocess.Popen[str]:
     return subprocess.Popen([*command, *more], stdout=pipe, stderr=pipe, text=True, cwd=ROOT)
 
 
-@pytest.mark.slow
 def test_ctrl_c_in_a_real_process_saves_and_says_how_to_resume(tmp_path):
     long = ["--train.steps", "100000", "--eval.answers", "0", "--eval.every", "100000"]
     process = start(tmp_path / "run", *long)
@@ -355,7 +354,6 @@ def test_ctrl_c_in_a_real_process_saves_and_says_how_to_resume(tmp_path):
     assert saved[-1].name.startswith("step-")
 
 
-@pytest.mark.slow
 def test_ctrl_c_before_the_first_step_is_quiet(tmp_path):
     process = start(tmp_path / "run")
     assert process.stdout is not None

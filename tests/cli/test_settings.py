@@ -75,8 +75,8 @@ def test_bad_options_are_named(args, message, capsys):
 
 
 def test_ranges_hold_on_the_command_line_too(toml):
-    with pytest.raises(InputError, match="^command line: lora.rank: expected a number at least 1"):
-        read(toml, "--lora.rank", "0")
+    with pytest.raises(InputError, match="^command line: train.steps: expected a number at least 1"):
+        read(toml, "--train.steps", "0")
 
 
 def test_only_packages_are_fetched(monkeypatch):

@@ -93,11 +93,14 @@ def test_full_fine_tuning_is_shown_the_way_to_an_adapter():
 def test_parts_of_a_batch_are_equal(batch):
     """And so every optimizer step sees as many examples as before."""
     config = from_table({"train": {"batch_size": batch, "accumulate": 2}})
-    for limit in range(6, 30):
+    seen = 0
+    for limit in (6, 8, 11, 15, 20, 26):
         for change in changes(config, limit * GIB):
             if "train.accumulate" in change.settings:
                 parts = change.settings["train.batch_size"] * change.settings["train.accumulate"]
                 assert parts == 2 * batch
+                seen += 1
+    assert seen
 
 
 def test_every_change_is_a_setting_that_can_be_written():

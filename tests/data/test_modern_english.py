@@ -49,7 +49,6 @@ def test_a_missing_text_says_how_to_get_it(tmp_path):
         modern_english_splits(tmp_path)
 
 
-@pytest.mark.slow
 def test_the_real_texts():
     try:
         directory = resolve("modern-english")

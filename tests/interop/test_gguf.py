@@ -356,7 +356,6 @@ def smollm2() -> Path:
         pytest.skip(f"smollm2-135m-instruct is not in {cache_directory()}")
 
 
-@pytest.mark.slow
 def test_a_real_model_answers():
     import dataclasses
 

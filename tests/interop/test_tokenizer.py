@@ -262,7 +262,6 @@ def test_no_torch_and_no_noise():
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-@pytest.mark.slow
 def test_the_real_smollm2():
     try:
         path = resolve("smollm2-135m-instruct")

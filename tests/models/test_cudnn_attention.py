@@ -170,7 +170,7 @@ def loss_of(adapter: Any, attention: str, remat: str, **changes: Any) -> jax.Arr
     return jnp.mean(hidden**2 * jnp.cos(jnp.arange(hidden.shape[-1]))[None, None])
 
 
-@pytest.mark.parametrize("remat", ["none", "full"])
+@pytest.mark.parametrize("remat", [pytest.param("none", marks=pytest.mark.slow), "full"])
 def test_a_decoder_learns_the_same_with_it(through_xla: list, remat: str):
     """Over 4-bit weights, by autodiff and in the loop with its own backward."""
     got, want = (

@@ -36,7 +36,6 @@ def test_the_wheel_for_tpus_is_named(monkeypatch: pytest.MonkeyPatch):
     assert tpu.missing_wheel() is None
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(tpu.missing_wheel() is not None, reason="needs the wheel libtpu")
 def test_plans_of_the_tpu_compiler():
     """A step that fits, with its moments on the host, and one that does not."""

@@ -39,7 +39,7 @@ def test_what_is_streamed_says_so():
 
 @needs_host
 @pytest.mark.parametrize("remat", ["none", "dots", "full", "offload"])
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("dtype", [jnp.float32, pytest.param(jnp.bfloat16, marks=pytest.mark.slow)])
 def test_a_scanned_model_keeps_its_bits(remat: str, dtype: Any):
     model = jq.lift(decoder_functions(TINY, compute_dtype=dtype, remat=remat).apply)
     params = init_params(jax.random.key(0), TINY)
