@@ -75,7 +75,9 @@ def test_bad_options_are_named(args, message, capsys):
 
 
 def test_ranges_hold_on_the_command_line_too(toml):
-    with pytest.raises(InputError, match="^command line: train.steps: expected a number at least 1"):
+    with pytest.raises(
+        InputError, match="^command line: train.steps: expected a number at least 1"
+    ):
         read(toml, "--train.steps", "0")
 
 

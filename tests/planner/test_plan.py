@@ -141,7 +141,9 @@ def test_models_as_people_name_them(tmp_path: Path):
 def test_refusals():
     with pytest.raises(InputError, match="setting 'ranks': .* Did you mean rank"):
         jq.fit("llama-2-7b", ranks=8, prove=False)
-    with pytest.raises(InputError, match="lora.rank: expected at least 1 where nothing else trains"):
+    with pytest.raises(
+        InputError, match="lora.rank: expected at least 1 where nothing else trains"
+    ):
         jq.fit("llama-2-7b", rank=0, prove=False)
     with pytest.raises(InputError, match="8192 tokens: expected at most 4096, the context"):
         jq.fit("llama-2-7b", seq=8192, prove=False)
