@@ -13,7 +13,7 @@ from jax_qlora import checkpoint
 from jax_qlora.checkpoint import check_identity, fingerprint, restore, save, saved_steps
 from jax_qlora.errors import InputError
 from jax_qlora.quant import quantize_array, stream
-from tests.helpers import normal
+from tests.helpers import needs_host, normal
 
 IDENTITY = {"lora.rank": "4", "base": "ab12"}
 
@@ -155,9 +155,7 @@ def test_fingerprint_sees_every_bit(key):
     assert fingerprint({"key": key}) != fingerprint({"key": jax.random.key(5)})
 
 
-@pytest.mark.skipif(
-    jax.__version_info__ < (0, 12), reason="jax 0.10 compiles no copies to host memory on a CPU"
-)
+@needs_host
 def test_fingerprint_of_what_waits_on_the_host():
     """Read a slice at a time, with the same result as on the device, and every bit counts."""
     q = quantize_array(normal((3, 64, 32)))

@@ -17,12 +17,9 @@ from jax_qlora.errors import InputError
 from jax_qlora.optim import Paging, adamw, make_paging, paged
 from jax_qlora.quant import streaming
 
-from .helpers import normal
+from .helpers import needs_host, normal
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
-needs_host = pytest.mark.skipif(
-    jax.__version_info__ < (0, 12), reason="jax 0.10 compiles no copies to host memory on a CPU"
-)
 FORMS = [{}, {"state": "bfloat16"}, {"state": "8bit"}]
 
 

@@ -31,7 +31,7 @@ from jax_qlora.train.recipe import run_shapes
 from jax_qlora.train.start import find_decoder_targets, load_start
 from jax_qlora.train.step import form_of, make_optimizer
 
-from .helpers import GOLDEN, assert_trees_close, normal
+from .helpers import GOLDEN, assert_trees_close, needs_host, normal
 
 LLAMA = GOLDEN / "models" / "llama"
 PEFT = {
@@ -67,7 +67,7 @@ def settings(output: Path, method: str, **lora: Any) -> Any:
         {"lora": {"dora": True}},
         {"quant": {"embeddings": True}},
         {"lora": PEFT | {"dropout": 0.1}},
-        {"quant": {"streamed": True, "double_quant": False}},
+        pytest.param({"quant": {"streamed": True, "double_quant": False}}, marks=needs_host),
         {
             "lora": {"modules_to_save": ["norm", "o_proj", "lm_head"]},
             "data": {"new_tokens": ["<x>"]},

@@ -30,13 +30,10 @@ from jax_qlora.train.step import CompiledSteps, check_finite, make_optimizer
 from jax_qlora.train.stop import interrupts, stop_requests
 from jax_qlora.tree import nbytes
 
-from .helpers import GOLDEN, ROOT, assert_trees_close, golden
+from .helpers import GOLDEN, ROOT, assert_trees_close, golden, needs_host
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 LLAMA = GOLDEN / "models" / "llama"
-needs_host = pytest.mark.skipif(
-    jax.__version_info__ < (0, 12), reason="jax 0.10 compiles no copies to host memory on a CPU"
-)
 
 
 @pytest.fixture(autouse=True)

@@ -37,7 +37,7 @@ from jax_qlora.train.shapes import abstract_run
 from jax_qlora.train.start import find_decoder_targets, load_start, make_adapter
 from jax_qlora.tree import flatten_paths, nbytes
 
-from .helpers import GOLDEN, assert_trees_close, normal
+from .helpers import GOLDEN, assert_trees_close, needs_host, normal
 from .test_train import final_state
 from .tiny import tiny_model
 
@@ -45,9 +45,6 @@ pytestmark = pytest.mark.usefixtures("standard_promotion")
 EMBEDDING, HEAD = "embed_tokens/embedding", "lm_head/kernel"
 NORMS = {"norm/scale", "layers/input_layernorm/scale", "layers/post_attention_layernorm/scale"}
 BIASES = {f"layers/self_attn/{name}_proj/bias" for name in "qkv"}
-needs_host = pytest.mark.skipif(
-    jax.__version_info__ < (0, 12), reason="jax 0.10 compiles no copies to host memory on a CPU"
-)
 
 
 @pytest.fixture(autouse=True)

@@ -14,12 +14,10 @@ import jax_qlora as jq
 from jax_qlora.models import Model, decoder_functions
 from jax_qlora.models.layer_loop import _chunk_size
 from jax_qlora.quant.streaming import fetch
+from tests.helpers import needs_host
 from tests.lift.walk import shapes_of
 from tests.tiny import quantized, tiny_model
 
-needs_host = pytest.mark.skipif(
-    jax.__version_info__ < (0, 12), reason="jax 0.10 compiles no copies to host memory on a CPU"
-)
 BATCH, SEQ = 2, 300
 CHUNKED, WHOLE = BATCH * 256, BATCH * SEQ
 

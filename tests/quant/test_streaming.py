@@ -14,12 +14,8 @@ from jax_qlora.errors import InputError
 from jax_qlora.models import decoder_functions, init_params
 from jax_qlora.models.presets import TINY
 from jax_qlora.quant import streaming
-from tests.helpers import normal
+from tests.helpers import needs_host, normal
 from tests.lift.cases import random_adapter
-
-needs_host = pytest.mark.skipif(
-    jax.__version_info__ < (0, 12), reason="jax 0.10 compiles no copies to host memory on a CPU"
-)
 
 
 def kinds(tree: Any) -> set[str]:
