@@ -1,10 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """The page of the step benchmark: written from a record, every measured side on it."""
 
+import json
 import runpy
 from pathlib import Path
 
-SCRIPT = runpy.run_path(str(Path(__file__).parents[1] / "docs" / "speed.py"))
+ROOT = Path(__file__).parents[1]
+SCRIPT = runpy.run_path(str(ROOT / "docs" / "speed.py"))
+
+
+def test_the_page_is_what_was_measured():
+    record = json.loads((ROOT / "docs" / "speed.json").read_text("utf-8"))
+    text = (ROOT / "docs" / "speed.md").read_text("utf-8")
+    machine = text.partition("measured on ")[2].rpartition(" (2 CPUs)")[0]
+    assert SCRIPT["page"](record, machine) == text
 
 
 def test_page_and_picture():

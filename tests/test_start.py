@@ -4,6 +4,7 @@
 import dataclasses
 import io
 import json
+import shutil
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,8 @@ def settings(output: Path, method: str, **lora: Any) -> Any:
             "lora": {"modules_to_save": ["norm", "o_proj", "lm_head"]},
             "data": {"new_tokens": ["<x>"]},
         },
+        pytest.param({"optim": {"placement": "host"}}, marks=needs_host),
+        {"prompt": {"kind": "prefix", "tokens": 4}},
         {"optim": {"state": "8bit"}, "train": {"accumulate": 2, "compute_dtype": "float16"}},
     ],
     ids=str,
@@ -84,15 +87,16 @@ def test_what_is_compiled_before_weights_are_read_is_what_a_run_has(tmp_path, ch
     config = from_table(table)
     decoder, tokenizer, numbers = read_description(config.model, config.data.new_tokens)
     data = load_data(config, tokenizer, context=decoder.max_length)
-    shapes = run_shapes(config, decoder, data, make_paging("device"), numbers)
-    targets, beside = None, Beside()
+    paging = make_paging(config.optim.placement)
+    targets, beside = find_decoder_targets(decoder, config), Beside()
     if config.method != "full":
-        targets = find_decoder_targets(decoder, config)
         beside = select_beside(config.lora, decoder, targets, new_tokens=numbers)
+    shapes = run_shapes(config, decoder, data, paging, targets, beside)
     with Display(Console(file=io.StringIO())) as show:
-        model, trainable, frozen = recipe.load(config, targets, show, beside)
+        model, trainable, frozen = recipe.load(config, targets, beside, show)
     optimizer, _ = make_optimizer(config.optim, config.train.steps)
-    state = init_state(trainable, optimizer, half=model.compute_dtype == jnp.float16)
+    half = model.compute_dtype == jnp.float16
+    state = init_state(trainable, optimizer, half=half, paging=paging)
     batch = data.batch(0, length=data.longest)
     assert form_of((shapes.state, shapes.frozen, shapes.batch)) == form_of((state, frozen, batch))
 
@@ -178,11 +182,24 @@ def test_a_run_goes_on_from_an_adapter_of_peft(tmp_path):
         ({"rank": 8}, r"rank 4 and scale 2 there and an update of rank 8 and scale 1 here"),
         ({"targets": ["q_proj"]}, r"v_proj/kernel' has an update .* there and nothing that trains"),
         ({"adapter": "/nowhere"}, r"nothing at '/nowhere'"),
-        ({"init": "pissa"}, r"lora.init = 'pissa', which starts otherwise"),
+        ({"init": "pissa"}, r"lora.init: expected it left out beside lora.adapter.* found 'pissa'"),
     ],
 )
-def test_an_adapter_that_does_not_suit_the_settings(tmp_path, change, message):
-    config = settings(tmp_path, "qlora", **(PEFT | change))
+def test_an_adapter_that_does_not_suit_the_settings(tmp_path, change, message, monkeypatch):
+    """It is said before anything is compiled or a weight is read."""
+    monkeypatch.setattr(recipe, "CompiledSteps", None)
+    monkeypatch.setattr("jax_qlora.interop.load.load_params", None)
     with pytest.raises(InputError, match=message), jax.numpy_dtype_promotion("standard"):
+        config = settings(tmp_path, "qlora", **(PEFT | change))
         train(config, console=Console(file=io.StringIO()))
-    assert not (tmp_path / "adapter").exists()
+
+
+def test_a_damaged_adapter_is_found_before_weights_are_read(tmp_path, monkeypatch):
+    monkeypatch.setattr("jax_qlora.interop.load.load_params", None)
+    shutil.copytree(PEFT["adapter"], tmp_path / "a")
+    weights = tmp_path / "a" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-10])
+    config = settings(tmp_path / "run", "qlora", **(PEFT | {"adapter": str(tmp_path / "a")}))
+    with pytest.raises(InputError, match="is not a complete safetensors file"):
+        with jax.numpy_dtype_promotion("standard"):
+            train(config, console=Console(file=io.StringIO()))

@@ -163,6 +163,7 @@ def test_more_virtual_tokens_than_the_context_stop_before_the_weights_are_read(t
     config = settings(tmp_path / "run", {"kind": "prompt", "tokens": 5000})
     with pytest.raises(InputError, match="5000 virtual tokens: expected 1 to"):
         run(config)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("kind", ["prompt", "prefix"])

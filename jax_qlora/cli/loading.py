@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
 
-from ..config import Config, load_config
+from ..config import Config, PromptConfig, load_config
 from ..errors import InputError
 from ..lora.inits import PLAIN_INITS
 from .settings import ensure_downloaded
@@ -65,7 +65,7 @@ def complete(source: Source) -> tuple[str, str | None, dict[str, Any]]:
                 _check_own_base(source, run, config)
                 if source.quantization != "none":
                     # what was quantized are not the weights themselves
-                    settings["start"] = replace(config, model=model)
+                    settings["start"] = replace(config, model=model, prompt=PromptConfig())
         if adapter is not None and not Path(adapter).exists():
             raise InputError(
                 f"--run: '{run}' has no adapter yet: expected '{adapter}'. The run is not "
@@ -101,7 +101,7 @@ def _check_own_base(source: Source, run: Path, config: Config) -> None:
 
 
 def refuse_prompt(adapter: str | None, settings: dict[str, Any]) -> None:
-    """Check that what is to be written has no prompt or prefix.
+    """Check that an adapter is one of weights alone, without a prompt or prefix.
 
     Args:
         adapter: Directory, or None.
@@ -214,17 +214,9 @@ def load_adapter_alone(model: str, adapter: str) -> "tuple[Model, dict[str, Any]
     Returns:
         The model, which has a tokenizer if the adapter adds tokens to it; and the adapter.
     """
-    import jax.numpy as jnp
-
     from ..interop.peft import load_adapter
-    from ..models import Model, abstract_params, decoder_functions
+    from ..models import abstract_model
 
     config, tokenizer, new_tokens = describe(model, adapter)
-    shapes = Model(
-        config=config,
-        params=abstract_params(config),
-        functions=decoder_functions(config),
-        compute_dtype=jnp.float32,
-        tokenizer=tokenizer if new_tokens else None,
-    )
+    shapes = abstract_model(config, tokenizer=tokenizer if new_tokens else None)
     return shapes, load_adapter(adapter, shapes)

@@ -100,7 +100,7 @@ def _contradictions(config: Config) -> Iterator[str]:
             f'method = "{config.method}". Leave quant.streamed out.'
         )
     if config.method == "full":
-        for key in ("modules_to_save", "bias", "trainable_token_indices"):
+        for key in ("adapter", "modules_to_save", "bias", "trainable_token_indices"):
             if getattr(lora, key) != getattr(type(lora), key):
                 yield (
                     f'lora.{key}: expected method "qlora" or "lora", found "full", with which '
@@ -111,6 +111,11 @@ def _contradictions(config: Config) -> Iterator[str]:
             check_init(lora.init, quantized=config.method == "qlora")
         except InputError as error:
             yield f"lora.init: {error}"
+    if config.method != "full" and lora.adapter is not None and lora.init != "default":
+        yield (
+            "lora.init: expected it left out beside lora.adapter, which says where the updates "
+            f"start, found '{lora.init}'."
+        )
     for key, values in (
         ("data.new_tokens", data.new_tokens),
         ("lora.trainable_token_indices", lora.trainable_token_indices),

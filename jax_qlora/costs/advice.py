@@ -117,7 +117,8 @@ def _kinds(config: Config, seq: int, host: bool) -> Iterator[list[Option]]:
         if rows % n == 0
     ]
     halves = {"train.loss_chunk": (train.loss_chunk, 128)}
-    if train.remat in ("full", "offload"):
+    whole_rows = train.attention == "cudnn"  # which a layer's chunk must then hold
+    if train.remat in ("full", "offload") and not whole_rows:
         halves["train.layer_chunk"] = (train.layer_chunk, 256)
     for key, (now, least) in halves.items():
         smaller = [now >> n for n in range(1, now.bit_length()) if now >> n >= least]
@@ -130,6 +131,7 @@ def _kinds(config: Config, seq: int, host: bool) -> Iterator[list[Option]]:
     smaller = states[states.index(optim.state) + 1 :]
     yield [({"optim.state": state}, "moments are rounded") for state in smaller]
     stages = ["none", *_REMAT] if host else ["none", "dots", "full"]
+    stages = stages[:2] if whole_rows else stages
     later = stages[stages.index(train.remat) + 1 :] if train.remat in stages else []
     yield [({"train.remat": name}, _REMAT[name]) for name in later]
     if host and config.method == "qlora" and not quant.streamed:
@@ -139,7 +141,7 @@ def _kinds(config: Config, seq: int, host: bool) -> Iterator[list[Option]]:
     methods = {"lora": ["qlora"], "full": ["lora", "qlora"]}.get(config.method, [])
     words = {"lora": "an adapter trains, not every weight", "qlora": "weights are held in 4 bits"}
     yield [({"method": name}, words[name]) for name in methods]
-    if config.method != "full":
+    if config.method != "full" and config.lora.adapter is None:  # whose rank is given
         ranks = [config.lora.rank >> n for n in range(1, config.lora.rank.bit_length())]
         yield [({"lora.rank": rank}, "a smaller adapter") for rank in ranks]
     lengths = range((seq - 1) // 32 * 32, 31, -32)

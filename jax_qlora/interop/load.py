@@ -112,21 +112,26 @@ def load_model(
     )
 
 
-def stored_dtypes(path: str | Path, *, quantization: str | None) -> Callable[[str], np.dtype]:
+def stored_dtypes(
+    path: str | Path, *, quantization: str | None, new_tokens: Sequence[str] = ()
+) -> Callable[[str], np.dtype]:
     """Return what `load_model` holds each parameter in, without reading weights.
 
     Args:
         path: As for `load_model`.
         quantization: Likewise.
+        new_tokens: Likewise.
 
     Returns:
         A function of a parameter's path; of what is quantized it gives the dtype of its values.
 
     Raises:
-        InputError: As for `load_model`, of what is wrong with the description of the weights.
+        InputError: As for `load_model`, of what is wrong with the description of the weights, or
+            an embedding that takes no new tokens.
     """
     path, config, tensors, raw = open_checkpoint(path)
     check_tensors(tensors, config, where=f"'{path}'")
+    add_rows(tensors, config, range(len(new_tokens)))  # refuses what cannot grow
     return functools.partial(stored_dtype, tensors, config, _default_dtype(raw, quantization))
 
 

@@ -49,6 +49,22 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     return Checkpoint(path, config, tensors, raw)
 
 
+def read_shape(path: Path) -> DecoderConfig:
+    """Read a model's shape; its weights need not be there.
+
+    Args:
+        path: A model's directory, or its .gguf file.
+
+    Raises:
+        InputError: As for `load_model`.
+    """
+    if path.suffix == ".gguf":
+        from .gguf import read_gguf
+
+        return read_gguf(path)[0]
+    return read_config(path)[0]
+
+
 def find_tokenizer(path: Path) -> Any:
     """Return the tokenizer beside the weights, or None where there is none.
 

@@ -8,6 +8,7 @@ from .decoder import Decoder as Decoder
 from .loss import chunked_loss as chunked_loss
 from .model import DecoderFunctions as DecoderFunctions
 from .model import Model as Model
+from .model import abstract_model as abstract_model
 from .model import abstract_params as abstract_params
 from .model import decoder_functions as decoder_functions
 from .model import head_params as head_params

@@ -462,3 +462,22 @@ class Model:
         return self.functions.decode_hidden(
             params, tokens, cache, attention_mask=attention_mask, positions=positions
         )
+
+
+def abstract_model(config: DecoderConfig, *, tokenizer: Any = None) -> Model:
+    """Return a model without weights: its parameters are shapes.
+
+    Args:
+        config: The model's shape.
+        tokenizer: Its tokenizer, or None.
+
+    Raises:
+        InputError: An impossible configuration.
+    """
+    return Model(
+        config=config,
+        params=abstract_params(config),
+        functions=decoder_functions(config),
+        compute_dtype=jnp.float32,
+        tokenizer=tokenizer,
+    )

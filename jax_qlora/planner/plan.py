@@ -20,8 +20,8 @@ from ..costs.roofline import least_seconds
 from ..costs.tpus import TPUS, Tpu
 from ..errors import InputError
 from ..interop.download import resolve
-from ..interop.gguf import read_gguf
 from ..interop.hf_config import read_config
+from ..interop.open import read_shape
 from ..lora import Targets
 from ..models import DecoderConfig
 from ..models.presets import PRESETS
@@ -81,11 +81,11 @@ def fit(
     if memory is not None:
         size = memory if isinstance(memory, int) else parse_memory(memory)
         card = dataclasses.replace(card, memory=size)
-    seq = seq or config.data.max_length or min(_SEQ, decoder.max_length)
-    if seq > decoder.max_length:
+    room = decoder.max_length - config.virtual_tokens
+    seq = seq or config.data.max_length or min(_SEQ, room)
+    if seq > room:
         raise InputError(
-            f"{seq} tokens: expected at most {decoder.max_length}, the context of '{name}'. "
-            "Lower --seq."
+            f"{seq} tokens: expected at most {room}, the context of '{name}'. Lower --seq."
         )
 
     @functools.cache
@@ -151,7 +151,7 @@ def read_decoder(model: str | Path | DecoderConfig) -> tuple[DecoderConfig, str]
                 "directory, a config.json, a .gguf file or a Hub id."
             )
     path = resolve(name)
-    return (read_gguf(path)[0] if path.suffix == ".gguf" else read_config(path)[0]), name
+    return read_shape(path), name
 
 
 def with_settings(config: Config, settings: dict[str, Any]) -> Config:
@@ -160,7 +160,9 @@ def with_settings(config: Config, settings: dict[str, Any]) -> Config:
     Raises:
         InputError: there is no such setting, or it has no such value.
     """
-    keys = {key.rpartition(".")[2]: key for key in flat_settings(config)}
+    keys: dict[str, str] = {}
+    for key in flat_settings(config):
+        keys.setdefault(key.rpartition(".")[2], key)  # lora.init comes before prompt.init
     table = _table(config)
     for leaf, value in settings.items():
         if leaf not in keys:
@@ -226,7 +228,7 @@ def _most(
 ) -> dict[str, int]:
     """The largest value of a few settings that fits, all others as they are; 0: none does."""
     questions: dict[str, tuple[Callable[[int], Bytes], int]] = {
-        "sequence length": (lambda n: other(config, n), decoder.max_length),
+        "sequence length": (lambda n: other(config, n), decoder.max_length - config.virtual_tokens),
         "batch size": (lambda n: other(replaced(config, {"train.batch_size": n}), seq), 4096),
     }
     if targets:

@@ -7,34 +7,28 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from ..config import Config
 from ..errors import InputError
 from ..interop.peft import load_adapter
 from ..interop.peft_config import read_config
-from ..lora import Adapter, LoraPair
-from ..models import Model
+from ..lora import Adapter, LoraPair, split_virtual
+from ..models import DecoderConfig, Model, abstract_model
 
 
 def check_adapter(config: Config) -> None:
-    """Check that there is an adapter to go on from, before weights are read.
+    """Check that there is an adapter to go on from.
 
     Args:
         config: Settings; without `lora.adapter` nothing is looked at.
 
     Raises:
-        InputError: There is none, it is damaged, or other settings contradict it.
+        InputError: There is none, or its configuration cannot be read.
     """
     where = config.lora.adapter
     if where is None:
         return
-    if config.method == "full" or config.lora.init != "default":
-        init = f"lora.init = {config.lora.init!r}"
-        other = 'method = "full"' if config.method == "full" else init
-        raise InputError(
-            f"lora.adapter: expected an update that starts from '{where}', found {other}, which "
-            "starts otherwise. Leave one of them out."
-        )
     path = Path(where)
     if not path.exists():
         raise InputError(
@@ -45,16 +39,33 @@ def check_adapter(config: Config) -> None:
         read_config(path)
 
 
+def check_form(config: Config, decoder: DecoderConfig, fresh: Adapter) -> None:
+    """Check that the adapter to go on from has the form of what trains, before weights are read.
+
+    Not with DoRA, where layers without an update start at lengths that the weights have.
+
+    Args:
+        config: Settings; without `lora.adapter` nothing is looked at.
+        decoder: The model's shape.
+        fresh: What trains, as shapes.
+
+    Raises:
+        InputError: As `continue_from`.
+    """
+    if config.lora.adapter is not None and not config.lora.dora:
+        continue_from(config.lora.adapter, split_virtual(fresh)[0], abstract_model(decoder))
+
+
 def continue_from(where: str, fresh: Adapter, model: Model) -> Adapter:
     """Return the values of an adapter in the form that the settings give.
 
     Args:
         where: The adapter, as `load_adapter` takes it.
-        fresh: What the settings would start.
-        model: The decoder with its frozen base.
+        fresh: What the settings would start, or its shapes.
+        model: The decoder with its frozen base, or shapes of it.
 
     Returns:
-        The adapter's values; dropout is that of `fresh`.
+        The adapter's values; scale and dropout are those of `fresh`.
 
     Raises:
         InputError: The adapter cannot be read, or it has another form: each difference is named.
@@ -82,15 +93,15 @@ def continue_from(where: str, fresh: Adapter, model: Model) -> Adapter:
 
 
 def _alike(found: Any, fresh: Any) -> bool:
+    """Whether both are of one kind and shape; the dropout of an adapter is not written."""
+    shapes = [[(x.shape, jnp.dtype(x.dtype)) for x in jax.tree.leaves(y)] for y in (found, fresh)]
     if isinstance(found, LoraPair) and isinstance(fresh, LoraPair):
-        if not math.isclose(found.scale, fresh.scale, rel_tol=1e-6):
-            return False
-        found, fresh = (replace(x, scale=1.0, dropout=0.0) for x in (found, fresh))
-    forms = [
-        (jax.tree.structure(leaf), [(x.shape, x.dtype) for x in jax.tree.leaves(leaf)])
-        for leaf in (found, fresh)
-    ]
-    return forms[0] == forms[1]
+        same = math.isclose(found.scale, fresh.scale, rel_tol=1e-6)
+        same = same and (found.layout, found.parts) == (fresh.layout, fresh.parts)
+        same = same and (found.magnitude is None) == (fresh.magnitude is None)
+    else:
+        same = jax.tree.structure(found) == jax.tree.structure(fresh)
+    return same and shapes[0] == shapes[1]
 
 
 def _words(leaf: Any) -> str:

@@ -12,10 +12,8 @@ from ..data.examples import Example, load_splits
 from ..errors import InputError
 from ..evaluate import Batch, answer_width
 from ..interop.download import resolve
-from ..interop.gguf import read_gguf
-from ..interop.hf_config import read_config
 from ..interop.new_tokens import add_tokens
-from ..interop.tokenizer import load_tokenizer
+from ..interop.open import find_tokenizer, read_shape
 from ..models import DecoderConfig
 
 
@@ -85,10 +83,8 @@ def read_description(
             added.
     """
     path = resolve(name)
-    decoder = read_gguf(path)[0] if path.suffix == ".gguf" else read_config(path)[0]
-    has_tokenizer = path.suffix == ".gguf" or (path / "tokenizer.json").is_file()
-    tokenizer = load_tokenizer(path) if has_tokenizer else None
-    decoder, numbers = add_tokens(tokenizer, new_tokens, decoder, where=f"'{name}'")
+    tokenizer = find_tokenizer(path)
+    decoder, numbers = add_tokens(tokenizer, new_tokens, read_shape(path), where=f"'{name}'")
     return decoder, tokenizer, numbers
 
 
@@ -98,11 +94,12 @@ def load_data(config: Config, tokenizer: Any, *, context: int) -> Data:
     Args:
         config: Settings; `data` and `eval`.
         tokenizer: The model's; None if it has none.
-        context: Tokens that the model can take.
+        context: Tokens that the model can take, virtual ones included.
 
     Raises:
         InputError: Missing or malformed data, an example that does not fit, no tokenizer.
     """
+    context -= config.virtual_tokens
     longest = context if config.data.max_length is None else config.data.max_length
     if longest > context:
         raise InputError(

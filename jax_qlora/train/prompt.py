@@ -8,7 +8,7 @@ import jax
 
 from ..config import Config
 from ..lora import Adapter
-from ..models import DecoderConfig, Model, decoder_functions
+from ..models import DecoderConfig, Model, abstract_model
 from ..prompts import init_prefix, init_prompt
 
 _INITS = {"prompt": init_prompt, "prefix": init_prefix}
@@ -44,6 +44,4 @@ def prompt_shapes(config: Config, decoder: DecoderConfig) -> Adapter:
         InputError: Too many for the model's context.
     """
     random = replace(config, prompt=replace(config.prompt, init="random", init_text=None))
-    functions = decoder_functions(decoder)
-    model = Model(config=decoder, params=None, functions=functions, compute_dtype=None)
-    return jax.eval_shape(lambda: start_prompt(random, model))
+    return jax.eval_shape(lambda: start_prompt(random, abstract_model(decoder)))

@@ -11,7 +11,6 @@ import functools
 import json
 import shutil
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,7 +38,7 @@ from ..report import Display, Metrics, write_text
 from ..tree import nbytes
 from ..typing import Array, PyTree
 from .answers import Answers, held_out_prompts, system_prompt
-from .continued import check_adapter
+from .continued import check_adapter, check_form
 from .examples import Data, load_data, read_description
 from .memory import MemoryCheck, on_shortage
 from .outcome import finish
@@ -93,7 +92,8 @@ def train(config: Config, *, console: Console | None = None) -> Result:
     ):
         # Whatever can be wrong is looked at before the weights are read.
         checkpoint.check_identity(saved, run_identity(config))
-        if checkpoint.saved_steps(saved)[-1:] == [total] and (run / "run.json").exists():
+        trained = checkpoint.saved_steps(saved)[-1:] == [total]
+        if trained and (run / "run.json").exists():
             show.print(
                 f"'{run}' is complete: {total} steps, report in '{run}/report.html'. For another "
                 "run choose another --output; to measure again delete run.json."
@@ -111,23 +111,21 @@ def train(config: Config, *, console: Console | None = None) -> Result:
         if config.method != "full":
             beside = select_beside(config.lora, decoder, targets, new_tokens=new_tokens)
         prompt_shapes(config, decoder)  # too many virtual tokens for the model show here
-        data = load_data(config, tokenizer, context=decoder.max_length - config.virtual_tokens)
-        if config.train.attention == "cudnn" and config.train.remat in ("full", "offload"):
-            longest = max(data.longest, data.longest_held_out) + config.virtual_tokens
-            check_whole_rows(config.train.batch_size, longest, config.train.layer_chunk)
+        data = load_data(config, tokenizer, context=decoder.max_length)
+        check_rows(config, data)
         memory = MemoryCheck(decoder, config, targets, seq=data.longest)
         stack.enter_context(on_shortage(memory.explain))  # from here on it can run out
 
         # Compile for the longest batch there can be, so that too little memory shows now.
-        shapes = run_shapes(config, decoder, data, paging, new_tokens)
+        shapes = run_shapes(config, decoder, data, paging, targets, beside)
+        check_form(config, decoder, shapes.state.trainable)
         check_room(run, shapes.state, keep=config.train.keep_checkpoints)
         steps = CompiledSteps(shapes.step, config, show, memory)
-        if checkpoint.saved_steps(saved)[-1:] != [total]:
+        if not trained:
             steps.compile(shapes.state, shapes.frozen, shapes.batch)
 
         # What trains, and what is frozen.
-        adapted = None if config.method == "full" else targets
-        model, trainable, frozen = load(config, adapted, show, beside)
+        model, trainable, frozen = load(config, targets, beside, show)
         # The start is written off the adapter in the end, where it came out of the weights.
         from_weights = frozen is not None and config.lora.init not in PLAIN_INITS
         start = jax.device_get(split_virtual(trainable)[0]) if from_weights else None
@@ -253,15 +251,15 @@ def train(config: Config, *, console: Console | None = None) -> Result:
 
 
 def load(
-    config: Config, targets: Targets | None, show: Display, beside: Beside
+    config: Config, targets: Targets, beside: Beside, show: Display
 ) -> tuple[Model, PyTree, PyTree | None]:
     """Return the model, what trains, and the frozen base.
 
     Args:
         config: Settings.
-        targets: Kernels to adapt; None trains every weight, and nothing is frozen.
-        show: Prints the table of what is frozen and what trains.
+        targets: Kernels to adapt; with method "full" every weight trains, and nothing is frozen.
         beside: What else trains.
+        show: Prints the table of what is frozen and what trains.
 
     Raises:
         InputError: The model cannot be read.
@@ -273,7 +271,7 @@ def load(
         layer_chunk=config.train.layer_chunk,
         streamed=config.quant.streamed,
     )
-    if targets is None:
+    if config.method == "full":
         model = load_model(
             config.model, quantization=None, new_tokens=config.data.new_tokens, **options
         )
@@ -295,7 +293,8 @@ def run_shapes(
     decoder: DecoderConfig,
     data: Data,
     paging: Paging,
-    new_tokens: Sequence[int] = (),
+    targets: Targets,
+    beside: Beside,
 ) -> Run:
     """Return the step on the longest batch as shapes, and where its arguments will live.
 
@@ -304,7 +303,8 @@ def run_shapes(
         decoder: The model's shape.
         data: The examples.
         paging: How the optimizer's state moves.
-        new_tokens: Numbers of the tokens that were added.
+        targets: Kernels to adapt.
+        beside: What else trains.
 
     Raises:
         InputError: The files of the model do not hold its weights.
@@ -317,12 +317,30 @@ def run_shapes(
         compute_dtype=_compute_dtype(config),
         width=data.width,
         paging=paging,
-        stored=stored_dtypes(config.model, quantization=quantization),
-        new_tokens=new_tokens,
+        stored=stored_dtypes(
+            config.model, quantization=quantization, new_tokens=config.data.new_tokens
+        ),
+        targets=targets,
+        beside=beside,
     )
     device = SingleDeviceSharding(jax.devices()[0])
     waits = config.quant.streamed or config.optim.placement == "host"
     return place_run(run, config, device=device, host=streaming_memory() if waits else device)
+
+
+def check_rows(config: Config, data: Data) -> None:
+    """Check that cuDNN's attention, where it is asked for, meets rows as a whole.
+
+    Args:
+        config: Settings.
+        data: The examples.
+
+    Raises:
+        InputError: A chunk of a layer is shorter.
+    """
+    if config.train.attention == "cudnn" and config.train.remat in ("full", "offload"):
+        longest = max(data.longest, data.longest_held_out) + config.virtual_tokens
+        check_whole_rows(config.train.batch_size, longest, config.train.layer_chunk)
 
 
 def check_room(run: Path, state: TrainState, *, keep: int) -> None:

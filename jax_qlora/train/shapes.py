@@ -5,7 +5,7 @@ So it can be compiled before a model is read, and for a card that is not there.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +17,7 @@ from ..config import Config
 from ..interop.load_params import is_quantized
 from ..interop.peft_select import Beside, select_beside
 from ..lift import lift
+from ..lora import Targets
 from ..models import DecoderConfig, Model, abstract_params, decoder_functions
 from ..optim import Paging
 from ..quant import QuantizedArray, quantize_array
@@ -82,7 +83,8 @@ def abstract_run(
     width: int | None = None,
     paging: Paging | None = None,
     stored: Callable[[str], DTypeLike] | None = None,
-    new_tokens: Sequence[int] | None = None,
+    targets: Targets | None = None,
+    beside: Beside | None = None,
 ) -> Run:
     """The step that `train` would run, on shapes.
 
@@ -95,7 +97,8 @@ def abstract_run(
         paging: How the optimizer's state moves; absent: it stays on the device.
         stored: What a parameter is held in, by its path; absent: norms in float32, all else in
             `compute_dtype`.
-        new_tokens: Numbers of the tokens that were added; absent: the last ones.
+        targets: Kernels to adapt; absent: found here.
+        beside: What else trains; absent: chosen here, the last tokens being those added.
     """
     dtype = jnp.dtype(compute_dtype)
     half = dtype == jnp.float16
@@ -121,12 +124,10 @@ def abstract_run(
         frozen = None
         trainable = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), params)
     else:
-        targets = find_decoder_targets(decoder, config)
-        if new_tokens is None:
-            new_tokens = range(decoder.vocab_size)[
-                decoder.vocab_size - len(config.data.new_tokens) :
-            ]
-        beside = select_beside(config.lora, decoder, targets, new_tokens=new_tokens)
+        targets = find_decoder_targets(decoder, config) if targets is None else targets
+        if beside is None:
+            added = range(decoder.vocab_size - len(config.data.new_tokens), decoder.vocab_size)
+            beside = select_beside(config.lora, decoder, targets, new_tokens=added)
         frozen = _quantized(params, config, beside) if config.method == "qlora" else params
         trainable = jax.eval_shape(lambda base: make_adapter(config, targets, base, beside), frozen)
         trainable |= prompt_shapes(config, decoder)

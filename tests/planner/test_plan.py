@@ -20,7 +20,7 @@ from jax_qlora.costs.held import held
 from jax_qlora.errors import InputError
 from jax_qlora.models.presets import GPT_2, LLAMA_2_7B, LLAMA_3_1_8B, PRESETS, TINY
 from jax_qlora.planner import GPUS, compiler, read_decoder
-from jax_qlora.planner.plan import DEFAULTS
+from jax_qlora.planner.plan import DEFAULTS, with_settings
 from jax_qlora.planner.worker import decoder_from_json
 from jax_qlora.train.shapes import abstract_run
 from jax_qlora.train.start import find_decoder_targets
@@ -147,20 +147,33 @@ def test_refusals():
         jq.fit("llama-2-7b", rank=0, prove=False)
     with pytest.raises(InputError, match="8192 tokens: expected at most 4096, the context"):
         jq.fit("llama-2-7b", seq=8192, prove=False)
+    with pytest.raises(InputError, match="4090 tokens: expected at most 4086, the context"):
+        jq.fit("llama-2-7b", seq=4090, kind="prompt", tokens=10, prove=False)
+    assert with_settings(DEFAULTS, {"init": "pissa"}).lora.init == "pissa"  # and not prompt.init
 
 
-@pytest.mark.slow
-def test_the_formula_is_within_a_tenth_of_the_compilers_published_plans():
-    """Every row of docs/memory.md, from 512 to 78,848 tokens, and its case in docs/memory.py."""
+def published() -> list[tuple[list[str], Any]]:
+    """The rows of docs/memory.md, as cells, and their cases in docs/memory.py."""
     docs = Path(__file__).parents[2] / "docs"
     cases = runpy.run_path(str(docs / "memory.py"))["CASES"]
     lines = [line for line in (docs / "memory.md").read_text().splitlines() if " GeForce" in line
              or " RTX" in line or " A100" in line]  # fmt: skip
-    assert len(lines) == len(cases)
-    for line, (what, model, gpu, changes) in zip(lines, cases, strict=True):
-        cells = [cell.strip() for cell in line.strip("|").split("|")]
-        formula = jq.fit(model, gpu=gpu, prove=False, **changes)
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return list(zip(cells, cases, strict=True))
+
+
+def test_every_case_of_the_page_is_on_it():
+    for cells, (what, *_) in published():
         assert cells[0] == what
+
+
+@pytest.mark.parametrize("experts", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_the_formula_is_within_a_tenth_of_the_compilers_published_plans(experts):
+    """From 512 to 78,848 tokens; those of experts always."""
+    chosen = [x for x in published() if bool(read_decoder(x[1][1])[0].n_experts) == experts]
+    assert chosen
+    for cells, (what, model, gpu, changes) in chosen:
+        formula = jq.fit(model, gpu=gpu, prove=False, **changes)
         assert formula.device_bytes / GIB == pytest.approx(float(cells[3]), rel=0.1), what
         assert formula.host_bytes / GIB == pytest.approx(float(cells[4]), rel=0.1, abs=0.01), what
 
@@ -213,6 +226,9 @@ def test_the_compiler_needs_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch
         compiler.describe_device(GPUS["t4"])
 
 
+# XLA of jax 0.10 plans up to 1.4 % more
+OLD = 1.02 if jax.__version_info__ < (0, 11) else 1.0
+
 # (model, gpu, seq, settings, GiB on the device at most, GiB on the host)
 PLANS = [
     ("llama-2-7b", "rtx4090", 512, {}, 4.70, 0.0),
@@ -220,12 +236,12 @@ PLANS = [
         "llama-33b",
         "rtx4090",
         512,
-        {"rank": 64, "placement": "host", "remat": "offload", "layer_chunk": 256},
-        20.5,
+        {"rank": 64, "placement": "host", "remat": "offload"},
+        20.5 * OLD,
         4.02,
     ),
     ("llama-65b", "rtx4090", 512, {"streamed": True}, 6.3, 31.2),
-    ("llama-3.1-8b", "rtx4090", 78_848, {"rank": 32, "remat": "offload"}, 9.6, 19.5),
+    ("llama-3.1-8b", "rtx4090", 78_848, {"rank": 32, "remat": "offload"}, 9.4 * OLD, 19.5),
 ]
 
 
