@@ -89,6 +89,15 @@ def test_full_fine_tuning_is_shown_the_way_to_an_adapter():
     assert str(first) == 'method = "lora"' and first.cost.startswith("an adapter trains")
 
 
+def test_nothing_is_advised_that_a_run_would_refuse():
+    """cuDNN's attention takes rows whole; the rank of an adapter to go on from is given."""
+    table = {"train": {"attention": "cudnn", "remat": "none"}, "lora": {"adapter": "somewhere"}}
+    found = changes(from_table(table), 8 * GIB, count=20)
+    settings = {key for change in found for key in change.settings}
+    assert settings and not settings & {"lora.rank", "train.layer_chunk"}
+    assert all(c.settings.get("train.remat", "dots") == "dots" for c in found)
+
+
 @pytest.mark.parametrize("batch", [6, 7])
 def test_parts_of_a_batch_are_equal(batch):
     """And so every optimizer step sees as many examples as before."""
