@@ -53,9 +53,10 @@ def init_prompt(
     def look_up(table: Array, ids: Array) -> Array:
         return jnp.take(table, ids, axis=0)
 
-    rows = lift(look_up)(model.params["embed_tokens"]["embedding"], ids).astype(jnp.float32)
-    scale = model.config.d_model**0.5 if model.config.embed_scale else 1.0
-    return {PROMPT: VirtualTokens(rows * jnp.float32(scale))}
+    dtype = model.compute_dtype  # as the decoder looks a token up
+    scale = jnp.asarray(model.config.d_model**0.5 if model.config.embed_scale else 1.0, dtype)
+    rows = lift(look_up)(model.params["embed_tokens"]["embedding"], ids).astype(dtype) * scale
+    return {PROMPT: VirtualTokens(rows.astype(jnp.float32))}
 
 
 def init_prefix(
@@ -115,7 +116,7 @@ def _start(
             "model's context has room for a text. 10 to 100 are common."
         )
     if text is not None:
-        return jnp.asarray(text_ids(model, text, tokens))
+        return jnp.asarray(_text_ids(model, text, tokens))
     if init not in ("vocabulary", "random"):
         raise InputError(f"init {init!r}: expected 'vocabulary' or 'random', or a text.")
     if init == "random":
@@ -123,7 +124,7 @@ def _start(
     return jax.random.randint(key, (tokens,), 0, model.config.vocab_size, jnp.int32)
 
 
-def text_ids(model: Model, text: str, tokens: int) -> Int[np.ndarray, " tokens"]:
+def _text_ids(model: Model, text: str, tokens: int) -> Int[np.ndarray, " tokens"]:
     """A text as exactly so many token ids: cut off, or repeated.
 
     Args:

@@ -133,6 +133,9 @@ def move_into_place(new: Path, directory: Path) -> None:
     Args:
         new: The directory, beside its place.
         directory: Its place.
+
+    Raises:
+        OSError: It cannot be moved; what was there is in its place again.
     """
     if not directory.exists() or not any(directory.iterdir()):
         os.replace(new, directory)

@@ -40,8 +40,11 @@ def make_handle(allow: Allow) -> Any:
         allow: Whether the weight at a path may be made dense where no rule applies.
 
     Returns:
-        A function of an equation and its values, which raises InputError where a weight was changed
-        in a loop, or would have to be dense and may not.
+        A function of an equation and its values.
+
+    Raises:
+        InputError: When the result is called: a weight was changed in a loop, or would have to be
+            dense and may not.
     """
 
     def handle(eqn: JaxprEqn, values: list[Any]) -> list[Any]:

@@ -218,8 +218,8 @@ def merge(base: PyTree, adapter: Mapping[str, Any] | None = None, *, dtype: Any 
     Raises:
         InputError: as `attach`; or the adapter has virtual tokens, which no weight can take in.
     """
-    tree = attach(base, adapter) if adapter else base
     refuse_virtual(adapter or {}, "merge")
+    tree = attach(base, adapter) if adapter else base
     return jax.tree.map(
         lambda x: materialize(x, dtype) if is_special(x) else x, tree, is_leaf=is_special
     )

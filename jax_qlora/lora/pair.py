@@ -2,6 +2,8 @@
 """LoraPair, the trainable factors of one kernel."""
 
 import dataclasses
+import itertools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +11,18 @@ import jax.numpy as jnp
 from ..quant.layout import KernelLayout
 from ..tree import pytree
 from ..typing import Array, Float
+
+
+def split_parts(b: Array, parts: Sequence[tuple[int, int]], *, axis: int) -> list[Array]:
+    """Cut what holds the rows of parts, one after the other, into those of each.
+
+    Args:
+        b: Holds them along `axis`.
+        parts: First row and end of each in the kernel.
+        axis: Where the rows are.
+    """
+    ends = list(itertools.accumulate(stop - start for start, stop in parts))
+    return jnp.split(b, ends[:-1], axis=axis)
 
 
 @pytree(static=("layout", "scale", "dropout", "parts"))
@@ -51,6 +65,12 @@ class LoraPair:
         """Sizes of the leading layer and expert axes."""
         return tuple(self.a.shape[:-2])
 
+    def by_part(self) -> dict[tuple[int, int], tuple[Array, Array]]:
+        """The factors `(a, b)` of each part, by its first row and end; of a whole kernel one."""
+        parts = self.parts or ((0, self.layout.rows),)
+        a, b = jnp.split(self.a, len(parts), axis=-2), split_parts(self.b, parts, axis=-2)
+        return dict(zip(parts, zip(a, b, strict=True), strict=True))
+
     def whole(self) -> "LoraPair":
         """The same update without parts: the rank is that of all parts, `b` block-diagonal.
 
@@ -59,11 +79,9 @@ class LoraPair:
         if not self.parts:
             return self
         shape = (*self.lead, self.layout.rows, len(self.parts) * self.rank)
-        b, end = jnp.zeros(shape, self.b.dtype), 0
-        for i, (start, stop) in enumerate(self.parts):
-            own = slice(i * self.rank, (i + 1) * self.rank)
-            b = b.at[..., start:stop, own].set(self.b[..., end : end + stop - start, :])
-            end += stop - start
+        b = jnp.zeros(shape, self.b.dtype)
+        for i, ((start, stop), (_, own)) in enumerate(self.by_part().items()):
+            b = b.at[..., start:stop, i * self.rank : (i + 1) * self.rank].set(own)
         return dataclasses.replace(self, b=b, parts=())
 
     def delta_rows(self) -> Float[Array, "*lead rows cols"]:

@@ -222,13 +222,10 @@ def _factors(pair: LoraPair, rank: int, scale: float) -> dict[Part, tuple[Array,
         widths[axis] = (0, rank - x.shape[axis])
         return jnp.pad(x, widths) if rank > x.shape[axis] else jnp.asarray(x)
 
-    found, end = {}, 0
-    for i, (start, stop) in enumerate(_parts(pair)):
-        a = pair.a[..., i * pair.rank : (i + 1) * pair.rank, :]
-        b = pair.b[..., end : end + stop - start, :]
+    found = {}
+    for part, (a, b) in pair.by_part().items():
         b = b if pair.scale == scale else b * jnp.asarray(pair.scale / scale, b.dtype)
-        found[start, stop] = padded(a, -2), padded(b, -1)
-        end += stop - start
+        found[part] = padded(a, -2), padded(b, -1)
     return found
 
 

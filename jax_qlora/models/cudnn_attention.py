@@ -183,4 +183,4 @@ def _disagreement(
         return jnp.max(jnp.stack(errors))
 
     small = {None if w is None else min(w, seq // 2) for w in windows}
-    return max(float(gap(window, q, k, v, dout)) for window in small)
+    return float(jnp.max(jnp.stack([gap(window, q, k, v, dout) for window in small])))  # or NaN

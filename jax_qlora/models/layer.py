@@ -38,7 +38,7 @@ class Context(NamedTuple):
         segment_ids: int `[batch, seq]`: the document of each token, or None.
         virtual: int32 `[batch, seq]`: the number of the virtual token at each place, -1 at a
             token's; None: there are none.
-        mask: Bool `[batch, seq, slots]`, with caches, instead of those two: the slots that each
+        mask: Bool `[batch, seq, slots]`, with caches, instead of those three: the slots that each
             token sees.
         back: int `[batch, seq, slots]`, with caches and windows: how many tokens before a token the
             one in a slot is.

@@ -177,7 +177,9 @@ def decoder_functions(
             tokens, cache, attention_mask=attention_mask, positions=positions
         )
         if count := count_virtual(params, config):  # without them no answer, not a wrong one
-            hidden = jnp.where(cache.length >= count, hidden, jnp.nan)
+            begun = cache.length >= count
+            hidden = jnp.where(begun, hidden, jnp.nan)
+            new = new._replace(length=jnp.where(begun, new.length, cache.length))
         return hidden, new
 
     def begin(params: PyTree, cache: Cache) -> Cache:

@@ -2,6 +2,7 @@
 """A model of the zoo with a frozen base and an adapter, and the dense model it must equal."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -90,3 +91,14 @@ def distance(got: Any, want: Any) -> float:
     arrays = [(np.asarray(a, np.float64), np.asarray(b, np.float64)) for a, b in pairs]
     apart = sum(float(np.square(a - b).sum()) for a, b in arrays)
     return (apart / sum(float(np.square(b).sum()) for _, b in arrays)) ** 0.5
+
+
+def outputs_and_grads(f: Callable[[Any], Any], adapter: Any) -> tuple[Any, Any]:
+    """What a model gives, and the gradient of its mean square with respect to the adapter."""
+
+    def loss(adapter: Any) -> tuple[jax.Array, Any]:
+        out = f(adapter)
+        return mean_square(out), out
+
+    (_, out), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(adapter)
+    return out, grads

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from tests.helpers import normal
-from tests.lift.zoo import _cast, _random
+from tests.lift.zoo import cast, randomized
 
 CLASSES, LAYERS = 7, 2
 
@@ -57,12 +57,12 @@ class NNXNet(nnx.Module):
 def nnx_net(dtype: Any = jnp.float32):
     abstract = nnx.eval_shape(lambda: NNXNet(rngs=nnx.Rngs(0)))
     graphdef, state, rest = nnx.split(abstract, nnx.Param, ...)
-    params, rest = _random(state, dtype), _random(rest, dtype)
+    params, rest = randomized(state, dtype), randomized(rest, dtype)
 
     def apply(params, x):
         return nnx.merge(graphdef, params, rest)(x)
 
-    return apply, params, (_cast(normal((2, 9, 9, 3), 1), dtype),)
+    return apply, params, (cast(normal((2, 9, 9, 3), 1), dtype),)
 
 
 class LinenNet(nn.Module):
@@ -79,7 +79,7 @@ class LinenNet(nn.Module):
 def linen_net(dtype: Any = jnp.float32):
     model, x = LinenNet(), normal((2, 21, 4), 2)
     variables = jax.eval_shape(lambda: model.init(jax.random.key(0), x))
-    return model.apply, _random(variables, dtype), (_cast(x, dtype),)
+    return model.apply, randomized(variables, dtype), (cast(x, dtype),)
 
 
 class EqxNet(eqx.Module):
@@ -110,7 +110,7 @@ def eqx_net(dtype: Any = jnp.float32):
     def apply(params, x):
         return jax.vmap(eqx.combine(params, static))(x)
 
-    return apply, _random(shapes, dtype), (_cast(normal((2, 3, 9, 9), 3), dtype),)
+    return apply, randomized(shapes, dtype), (cast(normal((2, 3, 9, 9), 3), dtype),)
 
 
 def haiku_net(dtype: Any = jnp.float32):
@@ -122,7 +122,7 @@ def haiku_net(dtype: Any = jnp.float32):
 
     model, x = hk.without_apply_rng(hk.transform(forward)), normal((2, 9, 9, 3), 4)
     params = jax.eval_shape(lambda: model.init(jax.random.key(0), x))
-    return model.apply, _random(params, dtype), (_cast(x, dtype),)
+    return model.apply, randomized(params, dtype), (cast(x, dtype),)
 
 
 MODELS = {f.__name__: f for f in (nnx_net, linen_net, eqx_net, haiku_net)}

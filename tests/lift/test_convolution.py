@@ -16,7 +16,14 @@ from jax_qlora.lora.array import dropped
 from jax_qlora.lora.targets import Convolution
 from tests.helpers import normal
 from tests.lift import images
-from tests.lift.cases import Case, distance, mean_square, random_adapter, random_base
+from tests.lift.cases import (
+    Case,
+    distance,
+    mean_square,
+    outputs_and_grads,
+    random_adapter,
+    random_base,
+)
 from tests.lift.walk import dense_weights, weight_sizes
 
 RANK = 5
@@ -174,16 +181,8 @@ def test_no_dense_weight_is_made(name, quantized):
 def test_bfloat16(name):
     case = case_of(*images.MODELS[name](jnp.bfloat16))
 
-    def outputs_and_grads(f):
-        def loss(adapter):
-            out = f(adapter)
-            return mean_square(out), out
-
-        (_, out), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(case.adapter)
-        return out, grads
-
-    out, grads = outputs_and_grads(case.lifted)
-    want, want_grads = outputs_and_grads(case.dense)
+    out, grads = outputs_and_grads(case.lifted, case.adapter)
+    want, want_grads = outputs_and_grads(case.dense, case.adapter)
     assert out.dtype == want.dtype == jnp.bfloat16
     assert distance(out, want) < 4e-2 and distance(grads, want_grads) < 8e-2
     assert {g.dtype for g in jax.tree.leaves(grads)} == {jnp.dtype("float32")}

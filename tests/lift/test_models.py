@@ -8,7 +8,7 @@ import pytest
 
 import jax_qlora as jq
 from tests.lift import zoo
-from tests.lift.cases import distance, make, mean_square
+from tests.lift.cases import distance, make, mean_square, outputs_and_grads
 from tests.lift.walk import dense_weights, weight_sizes
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -60,16 +60,8 @@ def test_every_kernel_is_found(name):
 def test_lifted_equals_dense_forward_and_backward(name):
     case = make(name)
 
-    def outputs_and_grads(f):
-        def loss(adapter):
-            out = f(adapter)
-            return mean_square(out), out
-
-        (_, out), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(case.adapter)
-        return out, grads
-
-    out, grads = outputs_and_grads(case.lifted)
-    want, want_grads = outputs_and_grads(case.dense)
+    out, grads = outputs_and_grads(case.lifted, case.adapter)
+    want, want_grads = outputs_and_grads(case.dense, case.adapter)
     assert jax.tree.structure(out) == jax.tree.structure(want)
     assert distance(out, want) < 2e-6
     assert distance(grads, want_grads) < 1e-5  # x W + x A B against x (W + A B), in float32

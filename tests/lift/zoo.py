@@ -20,13 +20,13 @@ D, FF, HEADS, LAYERS, VOCAB = 32, 64, 2, 2, 24
 TOKENS = jnp.asarray(np.array([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]]))
 
 
-def _cast(tree: Any, dtype: Any) -> Any:
+def cast(tree: Any, dtype: Any) -> Any:
     return jax.tree.map(
         lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree
     )
 
 
-def _random(tree: Any, dtype: Any) -> Any:
+def randomized(tree: Any, dtype: Any) -> Any:
     """The arrays of `tree` with NumPy's numbers, scaled by their fan-in: nothing is compiled."""
     leaves, treedef = jax.tree.flatten(tree)
     fresh = [
@@ -35,7 +35,7 @@ def _random(tree: Any, dtype: Any) -> Any:
         else jnp.zeros(x.shape, x.dtype)
         for i, x in enumerate(leaves)
     ]
-    return _cast(jax.tree.unflatten(treedef, fresh), dtype)
+    return cast(jax.tree.unflatten(treedef, fresh), dtype)
 
 
 # --- Flax NNX: nnx.scan over stacked layers, nnx.remat, an output head of its own or tied -------
@@ -79,8 +79,8 @@ class NNXDecoder(nnx.Module):
 def nnx_decoder(dtype: Any = jnp.float32, *, tied: bool = False):
     abstract = nnx.eval_shape(lambda: NNXDecoder(tied=tied, rngs=nnx.Rngs(0)))
     graphdef, state, rest = nnx.split(abstract, nnx.Param, ...)
-    params = _random(state, dtype)
-    rest = _random(rest, dtype)
+    params = randomized(state, dtype)
+    rest = randomized(rest, dtype)
 
     def apply(params, tokens):
         return nnx.merge(graphdef, params, rest)(tokens)
@@ -124,7 +124,7 @@ class LinenModel(nn.Module):
 def linen_model(dtype: Any = jnp.float32):
     model = LinenModel()
     variables = jax.eval_shape(lambda: model.init(jax.random.key(0), TOKENS))
-    return model.apply, _random(variables, dtype), (TOKENS,)
+    return model.apply, randomized(variables, dtype), (TOKENS,)
 
 
 # --- Equinox: modules as parameters, lax.scan over stacked layers -------------------------------
@@ -171,7 +171,7 @@ def eqx_model(dtype: Any = jnp.float32):
     model = eqx.filter_eval_shape(EqxModel, jax.random.key(0))
     is_shape = lambda x: isinstance(x, jax.ShapeDtypeStruct)  # noqa: E731
     shapes, static = eqx.partition(model, is_shape)
-    params = _random(shapes, dtype)
+    params = randomized(shapes, dtype)
 
     def apply(params, tokens):
         return jax.vmap(eqx.combine(params, static))(tokens)
@@ -199,7 +199,7 @@ def haiku_model(dtype: Any = jnp.float32):
 
     model = hk.without_apply_rng(hk.transform(forward))
     params = jax.eval_shape(lambda: model.init(jax.random.key(0), TOKENS))
-    return model.apply, _random(params, dtype), (TOKENS,)
+    return model.apply, randomized(params, dtype), (TOKENS,)
 
 
 # --- plain jax ---------------------------------------------------------------------------------
@@ -225,7 +225,7 @@ def einsum_kernels(dtype: Any = jnp.float32):
         h = jax.nn.relu(p["left"] @ jnp.moveaxis(x, -1, -2))
         return jnp.moveaxis(h, -1, -2) @ p["swapped"].T
 
-    return apply, _cast(params, dtype), (_cast(normal((2, 5, D), 7), dtype),)
+    return apply, cast(params, dtype), (cast(normal((2, 5, D), 7), dtype),)
 
 
 def experts(dtype: Any = jnp.float32):
@@ -246,7 +246,7 @@ def experts(dtype: Any = jnp.float32):
 
         return jax.lax.scan(layer, x, p)[0]
 
-    return apply, _cast(params, dtype), (_cast(normal((6, D), 4), dtype),)
+    return apply, cast(params, dtype), (cast(normal((6, D), 4), dtype),)
 
 
 def chosen_experts(dtype: Any = jnp.float32):
@@ -258,7 +258,7 @@ def chosen_experts(dtype: Any = jnp.float32):
         h = jnp.einsum("td,tdf->tf", x, jnp.take(p["w"], ids, axis=0))
         return jnp.einsum("tf,tfd->td", jax.nn.relu(h), p["v"][ids])
 
-    return apply, _cast(params, dtype), (_cast(normal((6, D), 3), dtype), ids)
+    return apply, cast(params, dtype), (cast(normal((6, D), 3), dtype), ids)
 
 
 def loops(dtype: Any = jnp.float32):
@@ -291,7 +291,7 @@ def loops(dtype: Any = jnp.float32):
         (_, x), sums = jax.lax.scan(step, (p["shared"], x), None, length=3)
         return x + jax.lax.stop_gradient(y), sums
 
-    return apply, _cast(params, dtype), (_cast(normal((5, D), 6), dtype),)
+    return apply, cast(params, dtype), (cast(normal((5, D), 6), dtype),)
 
 
 def branches(dtype: Any = jnp.float32):
@@ -307,7 +307,7 @@ def branches(dtype: Any = jnp.float32):
             x,
         )
 
-    return apply, _cast(params, dtype), (_cast(normal((5, D), 4), dtype),)
+    return apply, cast(params, dtype), (cast(normal((5, D), 4), dtype),)
 
 
 def custom_rules(dtype: Any = jnp.float32):
@@ -338,7 +338,7 @@ def custom_rules(dtype: Any = jnp.float32):
     def apply(p, x):
         return project(square(linear(x, p["a"])), p["b"])
 
-    return apply, _cast(params, dtype), (_cast(normal((5, D), 3), dtype),)
+    return apply, cast(params, dtype), (cast(normal((5, D), 3), dtype),)
 
 
 def rearranged(dtype: Any = jnp.float32):
@@ -350,7 +350,7 @@ def rearranged(dtype: Any = jnp.float32):
         h = jnp.einsum("btf,fd->btd", h, p["b"].reshape(FF, D)[None][0])
         return h @ jnp.squeeze(p["c"], 1)
 
-    return apply, _cast(params, dtype), (_cast(normal((2, 5, D), 3), dtype),)
+    return apply, cast(params, dtype), (cast(normal((2, 5, D), 3), dtype),)
 
 
 MODELS = {

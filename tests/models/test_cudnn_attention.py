@@ -287,6 +287,24 @@ def test_a_device_with_other_numbers(on_a_gpu: None, monkeypatch: pytest.MonkeyP
         cudnn.check_device(TINY, jnp.bfloat16)
 
 
+@pytest.mark.parametrize("windowed", [False, True])
+def test_a_device_that_gives_no_number(
+    on_a_gpu: None, monkeypatch: pytest.MonkeyPatch, windowed: bool
+):
+    """For one of the model's two windows, whichever is looked at first."""
+    right = jax.nn.dot_product_attention
+
+    def wrong(q: jax.Array, *args: Any, **settings: Any) -> jax.Array:
+        out = right(q, *args, **(settings | {"implementation": "xla"}))
+        return jnp.full_like(out, jnp.nan) if ("local_window_size" in settings) == windowed else out
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", wrong)
+    mixed = dataclasses.replace(LOCAL, local_layers=(True, *(False,) * (TINY.n_layers - 1)))
+    with pytest.raises(InputError, match="found a relative error of nan"):
+        with jax.numpy_dtype_promotion("standard"):
+            cudnn.check_device(mixed, jnp.bfloat16)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("decoder", [dataclasses.replace(LOCAL, head_dim=64), LLAMA_3_1_8B])
 def test_on_a_gpu(decoder: Any):

@@ -127,7 +127,7 @@ def test_hidden_states_are_those_of_plain_code(kind: str, changes: dict[str, Any
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("changes", [{}, WINDOWS], ids=["plain", "windows"])
+@pytest.mark.parametrize("changes", [{}, WINDOWS, LEARNED], ids=["plain", "windows", "learned"])
 def test_decoding_from_the_cache_is_the_full_forward(kind: str, changes: dict[str, Any]):
     model = tiny(**changes)
     params, tokens = jq.attach(model.params, virtual_of(kind, model)), tokens_of()
@@ -141,9 +141,11 @@ def test_decoding_from_the_cache_is_the_full_forward(kind: str, changes: dict[st
     for place in range(8, SEQ):
         logits, cache = decode(params, tokens[:, place : place + 1], cache)
         assert_near(logits[:, 0], want[:, place])
-    # a cache that was begun without them gives no answer
-    logits, _ = decode(params, padded, model.init_cache(2, 2 + SEQ + COUNT), attention_mask=mask)
+    # a cache that was begun without them gives no answer, not even later
+    other = model.init_cache(2, 2 + SEQ + COUNT)
+    logits, other = decode(params, padded, other, attention_mask=mask)
     assert np.isnan(logits).all()
+    assert np.isnan(decode(params, tokens[:, 8:9], other)[0]).all()
 
 
 def loss_by_hand(model: Model, virtual: Any, tokens: jax.Array, dtype: Any) -> jax.Array:
