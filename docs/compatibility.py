@@ -27,8 +27,8 @@ COLUMNS = (
     "PEFT in", "PEFT out",
 )  # fmt: skip
 
-Proof = tuple[str, str, tuple[str, ...], str]
-"""A test's id; the column, the families and what a cell says."""
+Proof = tuple[str, str, tuple[str, ...]]
+"""A test's id; the column and the families."""
 
 
 class Collected:
@@ -59,7 +59,7 @@ def proof(item: pytest.Item, mark: pytest.Mark) -> Proof:
     if not families:
         values: dict[str, Any] = item.callspec.params  # type: ignore[attr-defined]
         families = [values["family"] if "family" in values else model_type(values["name"])]
-    return item.nodeid, column, tuple(families), mark.kwargs.get("says", "yes")
+    return item.nodeid, column, tuple(families)
 
 
 def model_type(name: str) -> str:
@@ -90,14 +90,14 @@ def table(proofs: list[Proof], passed: list[str]) -> str:
 
     cells: dict[tuple[str, str], str] = {}
     links: dict[str, int] = {}
-    for test, column, families, says in sorted(proofs):
+    for test, column, families in sorted(proofs):
         if test not in passed:
             continue
         file, _, name = test.partition("::")
         link = f'{file} "{name.partition("[")[0]}"'
         for family in families:
-            if not cells.get((family, column), "").startswith("[yes]"):
-                cells[family, column] = f"[{says}][{links.setdefault(link, len(links) + 1)}]"
+            if (family, column) not in cells:
+                cells[family, column] = f"[yes][{links.setdefault(link, len(links) + 1)}]"
     lines = [f"| `model_type` | {' | '.join(COLUMNS)} |", "|---" * (len(COLUMNS) + 1) + "|"]
     for family in FAMILIES:
         row = [cells.get((family, column), "") for column in COLUMNS]

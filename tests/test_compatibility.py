@@ -17,10 +17,10 @@ def test_the_table_is_what_tests_and_record_say():
 
 def test_a_cell_says_what_a_test_that_passed_proves():
     proofs = [
-        ("tests/a.py::test_x[llama]", "HF in", ("llama", "mistral"), "yes"),
-        ("tests/a.py::test_x[phi3]", "HF in", ("phi3",), "yes"),
-        ("tests/b.py::test_y", "PEFT in", ("llama",), "attention"),
-        ("tests/c.py::test_z", "PEFT in", ("llama",), "yes"),
+        ("tests/a.py::test_x[llama]", "HF in", ("llama", "mistral")),
+        ("tests/a.py::test_x[phi3]", "HF in", ("phi3",)),
+        ("tests/b.py::test_y", "PEFT in", ("llama",)),
+        ("tests/c.py::test_z", "PEFT in", ("llama",)),
     ]
     table = runpy.run_path(str(SCRIPT))["table"]
 
@@ -40,7 +40,7 @@ def test_a_cell_says_what_a_test_that_passed_proves():
     assert [all_of_them[name][0] for name in ("llama", "mistral", "phi3", "qwen2")] == [
         yes, yes, yes, "",
     ]  # fmt: skip
-    assert all_of_them["llama"][8] == 'yes tests/c.py "test_z"'
+    assert all_of_them["llama"][8] == 'yes tests/b.py "test_y"'
     some = cells(["tests/a.py::test_x[phi3]", "tests/b.py::test_y", "tests/gone.py::test"])
     assert some["llama"][0] == "" and some["phi3"][0] == yes
-    assert some["llama"][8] == 'attention tests/b.py "test_y"'
+    assert some["llama"][8] == 'yes tests/b.py "test_y"'

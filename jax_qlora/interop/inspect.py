@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is in a checkpoint or an adapter, by its headers alone: no weights are read."""
 
-import json
 import math
 import re
 from collections import Counter
@@ -26,12 +25,12 @@ from .gguf_metadata import GGUFEntry, read_gguf_header
 from .hf import is_linear, parameter_shapes, tensor_names, tensor_shape
 from .load_params import check_tensors
 from .open import open_checkpoint
-from .peft_config import CONFIG_NAME, read_config
+from .peft_config import CONFIG_NAME, read_config, read_document
 from .peft_parameters import name_experts
-from .peft_prompt import KINDS
+from .peft_prompt import KINDS, check_fields
 from .safetensors import read_header
 
-_LAYER = re.compile(r"\.layers\.\d+\.|^blk\.\d+\.")
+_LAYER = re.compile(r"\.(?:layers|h)\.\d+\.|^blk\.\d+\.")
 _SHAPE = (
     "n_layers", "d_model", "d_ff", "n_heads", "n_kv_heads", "head_dim", "vocab_size", "max_length",
     "tied",
@@ -135,29 +134,24 @@ def _memory(config: DecoderConfig) -> dict[str, int]:
 
 
 def _inspect_adapter(path: Path) -> dict[str, Any]:
-    try:
-        raw = json.loads((path / CONFIG_NAME).read_text("utf-8"))
-        base, alpha = raw.get("base_model_name_or_path"), raw.get("lora_alpha")
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
-        raise InputError(
-            f"'{path / CONFIG_NAME}' cannot be read as a JSON object: {error}. Save the adapter "
-            "again."
-        ) from error
+    raw = read_document(path)
     header = read_header(path / WEIGHTS_NAME)
     shapes = named = {name: x.shape for name, x in header.items()}
     loads: bool | str = True
     try:
-        if raw.get("peft_type") not in KINDS:
-            named = name_experts(shapes, read_config(path))
+        if raw.get("peft_type") in KINDS:
+            check_fields(path / CONFIG_NAME, raw)
+        else:
+            named = name_experts(shapes, read_config(path, raw))
     except InputError as error:
         loads = str(error)
     return {
         "kind": "adapter",
         "path": str(path),
         "format": "PEFT",
-        "base_model": base,
+        "base_model": raw.get("base_model_name_or_path"),
         "method": raw.get("peft_type"),
-        "alpha": alpha,
+        "alpha": raw.get("lora_alpha"),
         "virtual_tokens": raw.get("num_virtual_tokens"),
         **_updates(shapes, ".lora_A.weight"),
         "targets": _updates(named, ".lora_A.weight")["targets"],
@@ -171,7 +165,8 @@ def _inspect_adapter(path: Path) -> dict[str, Any]:
 def _whole(names: Iterable[str]) -> dict[str, int]:
     """Parameters that are no updates but replaced, by the end of their names, and their number."""
     plain = (n for n in names if n.endswith((".weight", ".bias")) and "lora_" not in n)
-    return dict(Counter(_LAYER.split(n)[-1].rpartition("model.")[2] for n in plain))
+    own = (n for n in plain if not n.endswith(".base_layer.weight"))  # a copy beside an update
+    return dict(Counter(_LAYER.split(n)[-1].rpartition("model.")[2] for n in own))
 
 
 def _inspect_gguf_adapter(
@@ -203,7 +198,9 @@ def _updates(shapes: Mapping[str, tuple[int, ...]], suffix: str) -> dict[str, An
     for name, shape in shapes.items():
         if name.endswith(suffix):
             module = _LAYER.split(name.removesuffix(suffix).removesuffix(".weight"))[-1]
-            targets.setdefault(module, Counter())[shape[-2:][0]] += 1
+            # PEFT's is [rank, ...], also of a convolution; in GGUF experts come before
+            rank = shape[0] if suffix == ".lora_A.weight" else shape[-2:][0]
+            targets.setdefault(module, Counter())[rank] += 1
     return {
         "targets": {name: dict(ranks) for name, ranks in targets.items()},
         "tensors": len(shapes),

@@ -2,7 +2,8 @@
 """Parameters from a checkpoint, a few rows of a tensor at a time, in 4 bits on the way.
 
 Rows are read, encoded, and written into stacks that are allocated once, so neither the dense model
-nor a whole dense tensor ever exists: what is held beyond the parameters is one chunk.
+nor a whole dense tensor ever exists: what is held beyond the parameters is two chunks, one in use
+and the next (of GPT-2, whose kernels lie the other way, one matrix).
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -272,6 +273,9 @@ def _chunks(tensor: Tensor) -> Iterator[tuple[int, np.ndarray]]:
     rows = tensor.shape[0]
     step = min(rows, max(1, _CHUNK // int(np.prod(tensor.shape[1:]))))
     starts = [*range(0, rows - step, step), rows - step]
+    if len(starts) == 1:  # nothing to read ahead
+        yield 0, tensor.read()
+        return
     with ThreadPoolExecutor(max_workers=1) as reader:
         ahead = reader.submit(tensor.read, 0, step)
         for start, following in zip(starts, [*starts[1:], None], strict=True):

@@ -89,8 +89,8 @@ def save_adapter(
         base_model: Name or path of the base model to note in the configuration.
         names: What the model in PEFT calls a module, by path, where that is not the path:
             `{"conv/kernel": "conv"}`. For `Targets` alone.
-        tokenizer: The model's, to be saved beside it where tokens were added to it: `tokens_beside`
-            reads them back.
+        tokenizer: The model's, to be saved beside updates where tokens were added to it:
+            `tokens_beside` reads them back.
 
     Returns:
         What was written.
@@ -188,7 +188,7 @@ def load_adapter(
         if isinstance(model, Targets):
             raise _no_decoder(path)
         return read_prompt(path, document, model.config)
-    config = read_config(path)
+    config = read_config(path, document)
     tensors = read_tensors(path / WEIGHTS_NAME)
     slots = find_slots(model, names)
     targets = [m for m, slot in slots.items() if config.is_target(m, head=slot.head)]

@@ -164,17 +164,18 @@ def read_document(directory: Path) -> dict[str, Any]:
     return raw
 
 
-def read_config(directory: Path) -> PeftConfig:
+def read_config(directory: Path, raw: Mapping[str, Any] | None = None) -> PeftConfig:
     """Reads the adapter_config.json of a LoRA adapter.
 
     Args:
         directory: The adapter's directory.
+        raw: What `read_document` gave; absent: it is read.
 
     Raises:
         InputError: the file is missing or malformed, or has a field that changes the result in a
             way that is not handled (the message names it).
     """
-    path, raw = directory / CONFIG_NAME, read_document(directory)
+    path, raw = directory / CONFIG_NAME, read_document(directory) if raw is None else raw
     _refuse_unhandled(raw, path)
 
     def get(key: str, kinds: tuple[type, ...], default: Any) -> Any:

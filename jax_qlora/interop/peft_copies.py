@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What PEFT saves twice: the update of a tied embedding, and the embedding under an update."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -15,6 +16,7 @@ from .peft_layers import EMBEDDING_A, EMBEDDING_B, A, B
 from .peft_whole import PREFIX
 
 _HEAD = f"{PREFIX}lm_head"
+_BASE = ".base_layer.weight"
 
 
 def add_copies(tensors: dict[str, np.ndarray], model: Model) -> bool:
@@ -42,23 +44,23 @@ def without_copies(
     Raises:
         InputError: they are not what they should be copies of.
     """
-    tensors = dict(tensors)
-    copies = _copies(model)
-    if not all(key in tensors for key in copies):
-        return tensors
-    leaf = model.params["embed_tokens"]["embedding"]
-    bases = (f"{x}.base_layer.weight" for x in (_embedding(model), _HEAD))
-    for key in _present(bases, tensors):
-        found = tensors.pop(key)
-        # a quantized embedding, or one of shapes alone, has no values to be equal to
-        dense = isinstance(leaf, jax.Array | np.ndarray)
-        same = found.shape == tuple(leaf.shape)
-        if not same or dense and not np.array_equal(found, np.asarray(leaf, np.float32)):
+    tensors, copies = dict(tensors), _copies(model)
+    embedded = all(key in tensors for key in copies)
+    for key, weight in _bases(model, embedded, head=_HEAD + A in tensors).items():
+        if (found := tensors.pop(key, None)) is None:
+            continue
+        # a quantized weight, or one of shapes alone, has no values to be equal to
+        dense = isinstance(weight, jax.Array | np.ndarray)
+        found = found.T if key == _HEAD + _BASE and not model.config.tied else found
+        same = found.shape == tuple(weight.shape)
+        if not same or dense and not np.array_equal(found, np.asarray(weight, np.float32)):
             raise InputError(
-                f"the adapter at {path} carries an embedding {found.shape} that is not the "
-                f"model's {tuple(leaf.shape)}: expected the model that it was trained on. "
+                f"the adapter at {path} carries a weight {found.shape}, '{key}', that is not the "
+                f"model's {tuple(weight.shape)}: expected the model that it was trained on. "
                 "Merge it with PEFT if its vocabulary was resized."
             )
+    if not embedded:
+        return tensors
     if not model.config.tied:
         return tensors
     if not config.tied:
@@ -87,5 +89,10 @@ def _copies(model: Model) -> dict[str, str]:
     return {embedding + EMBEDDING_A: _HEAD + B, embedding + EMBEDDING_B: _HEAD + A}
 
 
-def _present(keys: Iterable[str], tensors: Mapping[str, np.ndarray]) -> list[str]:
-    return [key for key in keys if key in tensors]
+def _bases(model: Model, embedded: bool, *, head: bool) -> dict[str, Any]:
+    """The weights under the updates of embedding and head, which PEFT saves beside them."""
+    table = model.params["embed_tokens"]["embedding"]
+    found = {_embedding(model) + _BASE: table} if embedded else {}
+    if model.config.tied:
+        return found | ({_HEAD + _BASE: table} if embedded else {})
+    return found | ({_HEAD + _BASE: model.params["lm_head"]["kernel"]} if head else {})

@@ -142,7 +142,16 @@ def _sizes(kind: str, config: DecoderConfig) -> dict[str, int]:
     return {"token_dim": wide, "num_layers": config.n_layers, "num_attention_heads": heads}
 
 
-def _check_config(file: Path, raw: Mapping[str, Any], config: DecoderConfig) -> None:
+def check_fields(file: Path, raw: Mapping[str, Any]) -> None:
+    """Check what a configuration of virtual tokens says, whatever the model.
+
+    Args:
+        file: What to call it in messages.
+        raw: Its content.
+
+    Raises:
+        InputError: A field changes the result and is not supported, or a count is none.
+    """
     neutral = (None, False, "none", [], {}, "")
     for key, value in raw.items():
         if key not in {*_SIZES, *_HARMLESS} and value not in neutral:
@@ -160,6 +169,10 @@ def _check_config(file: Path, raw: Mapping[str, Any], config: DecoderConfig) -> 
             f"{file}: num_transformer_submodules is {raw['num_transformer_submodules']!r}, "
             "expected 1: it was trained on an encoder and a decoder."
         )
+
+
+def _check_config(file: Path, raw: Mapping[str, Any], config: DecoderConfig) -> None:
+    check_fields(file, raw)
     for name, size in _sizes(raw["peft_type"], config).items():
         if raw.get(name) != size:
             raise InputError(

@@ -108,11 +108,18 @@ def _modules(path: str, decoder: DecoderConfig) -> Iterator[str]:
     return (name.rpartition(".")[0] for name in tensor_names(path, decoder))
 
 
+def _table_name(path: str, decoder: DecoderConfig) -> str:
+    """The module of an embedding or head as checkpoints call it."""
+    return tensor_names(path, decoder)[0].split(".")[-2]
+
+
 def _no_module(name: str, modules: Mapping[str, list[str]], decoder: DecoderConfig) -> str:
     parts = {part for names in modules.values() for part in names[0].split(".")}
-    known = sorted(part for part in parts if not part.isdigit() and part not in ("model", "layers"))
+    containers = ("model", "layers", "transformer", "h")
+    known = sorted(part for part in parts if not part.isdigit() and part not in containers)
     if decoder.tied and "lm_head".endswith(name or "?"):
-        hint = " The output head is the embedding of this model: name embed_tokens, which is both."
+        own = _table_name(EMBEDDINGS[0], decoder)
+        hint = f" The output head is the embedding of this model: name {own}, which is both."
     else:
         hint = nearest(name, known)
     return (
@@ -124,7 +131,7 @@ def _no_module(name: str, modules: Mapping[str, list[str]], decoder: DecoderConf
 def _check_rows(
     path: str, rows: Sequence[int], decoder: DecoderConfig, targets: Iterable[str]
 ) -> None:
-    module = path.rpartition("/")[0]
+    module = _table_name(path, decoder)
     if path in targets:
         raise InputError(
             f"lora.targets: '{module}' has an update, and rows for tokens train in it too "

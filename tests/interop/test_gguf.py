@@ -109,7 +109,7 @@ def write_gguf(
     return file
 
 
-@pytest.mark.proves("GGUF in", "llama", "mistral")
+@pytest.mark.proves("GGUF in", "llama")
 @pytest.mark.parametrize("side", ["", "left/"], ids=["right-padded", "left-padded"])
 def test_logits_are_those_of_the_same_model_from_hugging_face(tmp_path: Path, side: str):
     model = jq.load_model(write_gguf(tmp_path / "m.gguf"), quantization=None)

@@ -193,7 +193,7 @@ OTHERS = ["mistral_sharded", "qwen2", "qwen3", "qwen3_moe", "phi3", "gemma2", "g
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_architectures(tmp_path: Path, llama: Any, name: str):
-    """Read back as the same function of the same parameters; `test_gguf.py` has their logits."""
+    """Read back as the same function of the same parameters; `test_gguf_families.py` has logits."""
     model = sayable(name)
     file = tmp_path / "m.gguf"
     save_gguf(file, model.params, model.config, kind="f32", tokenizer=llama.tokenizer)
@@ -207,7 +207,6 @@ def test_other_architectures(tmp_path: Path, llama: Any, name: str):
     assert_trees_close(again.params, want, atol=1e-7)  # one plus the weight, and minus one
 
 
-@pytest.mark.proves("GGUF LoRA in")
 @pytest.mark.parametrize("name", OTHERS)
 def test_updates_of_other_architectures(tmp_path: Path, name: str):
     model = sayable(name)

@@ -112,8 +112,11 @@ def test_what_is_no_model(tmp_path: Path):
     shutil.copytree(GOLDEN / "adapters" / "qv_r4", tmp_path / "a")
     (tmp_path / "a" / "adapter_config.json").write_text('{"peft_type": "IA3"}')
     assert "IA3" in inspect(tmp_path / "a")["loads"]
+    prompt = '{"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 0}'
+    (tmp_path / "a" / "adapter_config.json").write_text(prompt)
+    assert "num_virtual_tokens is 0" in inspect(tmp_path / "a")["loads"]
     (tmp_path / "a" / "adapter_config.json").write_text("{")
-    with pytest.raises(InputError, match="cannot be read as a JSON object"):
+    with pytest.raises(InputError, match="is not JSON"):
         inspect(tmp_path / "a")
 
 

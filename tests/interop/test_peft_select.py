@@ -9,7 +9,7 @@ import pytest
 import jax_qlora as jq
 from jax_qlora.config import LoraConfig
 from jax_qlora.interop.peft_select import select_beside, select_modules
-from jax_qlora.models.presets import TINY
+from jax_qlora.models.presets import GPT_2, TINY
 
 EMBEDDING, HEAD = "embed_tokens/embedding", "lm_head/kernel"
 Q = "layers/self_attn/q_proj"
@@ -67,6 +67,8 @@ def test_rows_train_in_the_embedding_and_new_ones_in_the_head_too():
         ({"modules_to_save": ("lm_haed",)}, TINY, "found 'lm_haed', .* Did you mean 'lm_head'"),
         ({"modules_to_save": ("lm_haed",)}, TINY, "There are down_proj, embed_tokens, gate_proj"),
         ({"modules_to_save": ("lm_head",)}, TIED, "head is the embedding .* name embed_tokens"),
+        ({"modules_to_save": ("lm_head",)}, GPT_2, r"name wte, which .* are attn, c_attn, c_fc"),
+        ({"trainable_token_indices": (60_000,)}, GPT_2, "50257 rows of 'wte', found 60000"),
         ({"modules_to_save": ("",)}, TINY, "found '', which is none"),
         ({"modules_to_save": ("layers.1.mlp",)}, TINY, "of all layers, .* found 1 of 3"),
         ({"bias": "all"}, TINY, 'lora.bias: expected a model with biases, found "all" and none'),

@@ -76,7 +76,7 @@ def test_an_embedding_saved_beside_its_update(tiny: Any, tmp_path: Path):
     for params in (jax.eval_shape(lambda: tiny.params), four_bits_everywhere(tiny)):
         model = replace(tiny, params=params)
         assert_trees_close(load_adapter(tmp_path / "a", model), adapter)
-    with pytest.raises(jq.InputError, match="carries an embedding .* that is not the model's"):
+    with pytest.raises(jq.InputError, match="carries a weight .* that is not the model's"):
         load_adapter(tmp_path / "a", tiny)
 
 

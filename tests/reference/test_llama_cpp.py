@@ -113,6 +113,7 @@ def test_other_architectures(llama_cpp: Any, model: Any, tmp_path: Path, name: s
     assert np.ptp(want) > 1
 
 
+@pytest.mark.proves("GGUF LoRA in")
 @pytest.mark.proves("GGUF LoRA out")
 @pytest.mark.parametrize("name", OTHERS)
 def test_adapters_of_other_architectures(llama_cpp: Any, model: Any, tmp_path: Path, name: str):
@@ -130,6 +131,8 @@ def test_adapters_of_other_architectures(llama_cpp: Any, model: Any, tmp_path: P
     llm = run(llama_cpp, base, tmp_path / "a.gguf")
     np.testing.assert_allclose(logits(llm), want, atol=TOLERANCES[name])
     assert np.abs(want - ours(own, own.params)).max() > 0.1
+    again = ours(own, jq.attach(own.params, jq.load_adapter(tmp_path / "a.gguf", own)))
+    np.testing.assert_allclose(logits(llm), again, atol=TOLERANCES[name])
 
 
 @pytest.mark.proves("GGUF LoRA out", "llama")

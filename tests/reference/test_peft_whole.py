@@ -20,6 +20,8 @@ TOKENS = jnp.asarray(np.random.default_rng(1).integers(0, 96, (2, 12), dtype=np.
 KINDS: dict[str, dict[str, Any]] = {
     "modules": dict(target_modules=["q_proj"], modules_to_save=["lm_head", "input_layernorm"]),
     "embedding": dict(target_modules=["embed_tokens", "v_proj"]),
+    "head": dict(target_modules=["lm_head", "v_proj"]),
+    "embedding and head": dict(target_modules=["embed_tokens", "lm_head"]),
     "tied embedding": dict(target_modules=["embed_tokens", "v_proj"], ensure_weight_tying=True),
     "tied module": dict(
         target_modules=["v_proj"], modules_to_save=["embed_tokens"], ensure_weight_tying=True
