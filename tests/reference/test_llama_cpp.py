@@ -13,6 +13,7 @@ import pytest
 import jax_qlora as jq
 from jax_qlora.interop.gguf_lora import save_gguf_lora
 from jax_qlora.interop.gguf_write import save_gguf
+from jax_qlora.models import decoder_functions
 from tests.helpers import GOLDEN
 from tests.interop.test_gguf_write import OTHERS, sayable
 
@@ -111,6 +112,18 @@ def test_other_architectures(llama_cpp: Any, model: Any, tmp_path: Path, name: s
     want = ours(own, own.params)
     np.testing.assert_allclose(logits(llm), want, atol=TOLERANCES[name])
     assert np.ptp(want) > 1
+
+
+def test_phi3_is_computed_without_its_window(llama_cpp: Any, model: Any, tmp_path: Path):
+    """As docs/formats.md says: should this fail, llama.cpp has it now."""
+    own = other("phi3", model.tokenizer)
+    config = dataclasses.replace(own.config, sliding_window=9)
+    windowed = dataclasses.replace(
+        own, config=config, functions=decoder_functions(config, transform=jq.lift)
+    )
+    got = logits(run(llama_cpp, write(tmp_path / "m.gguf", windowed, own.params)))
+    np.testing.assert_allclose(got, ours(own, own.params), atol=TOLERANCES["phi3"])
+    assert np.abs(got - ours(windowed, own.params)).max() > 0.1
 
 
 @pytest.mark.proves("GGUF LoRA in")
