@@ -241,7 +241,7 @@ def _tokens(value: list[int] | dict[str, list[int]], path: Path) -> dict[str, tu
     return {module: tuple(indices) for module, indices in by_module.items() if indices}
 
 
-def _refuse_unhandled(raw: dict[str, Any], path: Path) -> None:
+def _refuse_unhandled(raw: Mapping[str, Any], path: Path) -> None:
     kind = raw.get("peft_type")
     if kind != "LORA":
         raise InputError(
