@@ -26,7 +26,7 @@ quickstart: $(VENV)/.installed
 	@$(BIN)/jax-qlora train $(CONFIG) $(ARGS)
 
 test: $(VENV)/.installed-dev
-	@$(BIN)/python -m pytest -n auto --maxprocesses 4 $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-dev
 	@failed=; for tool in 'ruff check .' 'ruff format --check .' \

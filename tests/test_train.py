@@ -227,8 +227,15 @@ def test_a_skipped_step_leaves_paged_moments_alone(targets):
     assert places[0] == places[1]
 
 
-@pytest.mark.parametrize("placement", ["device", pytest.param("host", marks=needs_host)])
-@pytest.mark.parametrize("form", ["bfloat16", "8bit"])
+@pytest.mark.parametrize(
+    ("form", "placement"),
+    [
+        ("bfloat16", "device"),
+        pytest.param("8bit", "host", marks=needs_host),
+        pytest.param("bfloat16", "host", marks=[needs_host, pytest.mark.slow]),
+        pytest.param("8bit", "device", marks=pytest.mark.slow),
+    ],
+)
 def test_every_form_of_the_optimizer_learns_and_resumes(llama, targets, tmp_path, form, placement):
     """Through a checkpoint, to the same bits, and the moments come back to where they live."""
     config = from_table({"optim": {"state": form, "placement": placement, "learning_rate": 2e-3}})

@@ -294,7 +294,9 @@ def gradients(**how: Any) -> dict[str, Any]:
     return flatten_paths(jax.jit(jax.grad(loss))(adapter))
 
 
-@pytest.mark.parametrize("remat", ["full", pytest.param("offload", marks=needs_host)])
+@pytest.mark.parametrize(
+    "remat", ["full", pytest.param("offload", marks=[needs_host, pytest.mark.slow])]
+)
 def test_the_loop_over_layers_gives_all_of_them_their_gradients(remat: str):
     """Two chunks of a layer, of which the second is mostly empty."""
     want, got = gradients(), gradients(remat=remat, layer_chunk=256)

@@ -98,7 +98,7 @@ def test_nothing_is_advised_that_a_run_would_refuse():
     assert all(c.settings.get("train.remat", "dots") == "dots" for c in found)
 
 
-@pytest.mark.parametrize("batch", [6, 7])
+@pytest.mark.parametrize("batch", [pytest.param(6, marks=pytest.mark.slow), 7])
 def test_parts_of_a_batch_are_equal(batch):
     """And so every optimizer step sees as many examples as before."""
     config = from_table({"train": {"batch_size": batch, "accumulate": 2}})

@@ -230,7 +230,7 @@ def gradients_of_a_decoder(trainable: Any, frozen: Any, remat: str) -> Any:
     return jax.jit(jax.grad(loss, has_aux=True))(trainable)
 
 
-@pytest.mark.parametrize("weights", ["dense", "4 bits"])
+@pytest.mark.parametrize("weights", [pytest.param("dense", marks=pytest.mark.slow), "4 bits"])
 def test_a_decoder_is_the_same_in_pieces(weights: str, monkeypatch: pytest.MonkeyPatch):
     """Attention in blocks and the MLP in chunks, as in a long sequence, whatever is recomputed.
 

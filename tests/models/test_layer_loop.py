@@ -66,7 +66,12 @@ def assert_close_in_norm(got: Any, want: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("weights", "chunk"), [("dense", CHUNKED), ("4 bits", CHUNKED), ("4 bits", WHOLE)]
+    ("weights", "chunk"),
+    [
+        ("dense", CHUNKED),
+        ("4 bits", CHUNKED),
+        pytest.param("4 bits", WHOLE, marks=pytest.mark.slow),
+    ],
 )
 def test_gradients_are_those_of_autodiff(weights: str, chunk: int):
     """Whole layers, and chunks of which the last is half empty."""

@@ -36,6 +36,16 @@ LEARNED: dict[str, Any] = dict(
     activation="gelu_tanh",
     n_kv_heads=4,
 )
+MODELS_OF_KINDS = [
+    pytest.param(
+        kind,
+        changes,
+        id=f"{name}-{kind}",
+        marks=[pytest.mark.slow] if kind == "prompt" and changes else [],
+    )
+    for name, changes in [("plain", {}), ("windows", WINDOWS), ("learned", LEARNED)]
+    for kind in KINDS
+]
 
 
 @functools.cache
@@ -105,8 +115,7 @@ def by_hand(model: Model, virtual: Any, tokens: jax.Array, dtype: Any = jnp.floa
     return x[:, -seq:]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("changes", [{}, WINDOWS, LEARNED], ids=["plain", "windows", "learned"])
+@pytest.mark.parametrize(("kind", "changes"), MODELS_OF_KINDS)
 def test_hidden_states_are_those_of_plain_code(kind: str, changes: dict[str, Any]):
     """Also with padding, which changes nothing on either side, and windows, which it is not in."""
     model = tiny(**changes)
@@ -126,8 +135,7 @@ def test_hidden_states_are_those_of_plain_code(kind: str, changes: dict[str, Any
     assert_near(run(params, tokens, positions=own), want)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("changes", [{}, WINDOWS, LEARNED], ids=["plain", "windows", "learned"])
+@pytest.mark.parametrize(("kind", "changes"), MODELS_OF_KINDS)
 def test_decoding_from_the_cache_is_the_full_forward(kind: str, changes: dict[str, Any]):
     model = tiny(**changes)
     params, tokens = jq.attach(model.params, virtual_of(kind, model)), tokens_of()
@@ -167,10 +175,10 @@ def gradient_by_hand(kind: str, seq: int, dtype: Any = jnp.float32) -> Any:
 @pytest.mark.parametrize(
     ("kind", "how"),
     [
-        ("prompt", dict(remat="none")),
+        pytest.param("prompt", dict(remat="none"), marks=pytest.mark.slow),
         ("prompt", dict(remat="full", layer_chunk=256)),
-        ("prefix", dict(remat="dots")),
-        ("prefix", dict(remat="full", transform=None)),
+        pytest.param("prefix", dict(remat="dots"), marks=pytest.mark.slow),
+        pytest.param("prefix", dict(remat="full", transform=None), marks=pytest.mark.slow),
         ("prefix", dict(remat="full")),
         ("prefix", dict(remat="full", layer_chunk=256)),
     ],
@@ -191,7 +199,7 @@ def test_gradients_are_those_of_plain_code(kind: str, how: dict[str, Any]):
     assert_trees_close(got, want, rtol=1e-3, atol=2e-5)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [pytest.param("prompt", marks=pytest.mark.slow), "prefix"])
 def test_gradients_in_bfloat16_stay_close(kind: str):
     """No further from float32 than plain code in bfloat16, give or take a half."""
     model, half = tiny(), jnp.bfloat16
@@ -209,7 +217,7 @@ def test_gradients_in_bfloat16_stay_close(kind: str):
         assert 0 < jnp.linalg.norm(g - w) < 1.5 * jnp.linalg.norm(p - w)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [pytest.param("prompt", marks=pytest.mark.slow), "prefix"])
 def test_over_four_bits_beside_lora(kind: str):
     """Both get their gradient, and a quantized base computes what its dense values do."""
     model = tiny()

@@ -34,8 +34,21 @@ def test_what_is_streamed_says_so():
 
 
 @needs_host
-@pytest.mark.parametrize("remat", ["none", "dots", "full", "offload"])
-@pytest.mark.parametrize("dtype", [jnp.float32, pytest.param(jnp.bfloat16, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("remat", "dtype"),
+    [
+        ("none", jnp.float32),
+        ("full", jnp.float32),
+        *(
+            pytest.param(remat, dtype, marks=pytest.mark.slow)
+            for remat, dtype in [
+                ("dots", jnp.float32),
+                ("offload", jnp.float32),
+                *((remat, jnp.bfloat16) for remat in ("none", "dots", "full", "offload")),
+            ]
+        ),
+    ],
+)
 def test_a_scanned_model_keeps_its_bits(remat: str, dtype: Any):
     model = jq.lift(decoder_functions(TINY, compute_dtype=dtype, remat=remat).apply)
     params = init_params(jax.random.key(0), TINY)
