@@ -57,7 +57,9 @@ def build(args: argparse.Namespace) -> tuple[Runs, dict[str, Any]]:
             return jnp.ones(leaf.shape, dtype)
 
         def normal(dims: tuple[int, ...]) -> jax.Array:
-            return jnp.asarray(0.02 * rng.standard_normal(dims, np.float32), dtype)
+            x = rng.standard_normal(dims, np.float32)
+            x *= 0.02
+            return jnp.asarray(x.astype(dtype))  # as read: in the dtype it is stored in
 
         if args.mode != "qlora" or path not in targets:
             return normal(leaf.shape)

@@ -144,8 +144,12 @@ def dequantize_planes(
     rows, blocks = absmax.shape
     shape = (rows, len(planes), packed.shape[1])
     table = pair_table(format).T[list(planes)].reshape(-1)
-    place = lax.broadcasted_iota(jnp.uint16, shape, 1) * jnp.uint16(256)
-    index = lax.broadcast_in_dim(packed.astype(jnp.uint16), shape, (0, 2)) + place
+    index = lax.broadcast_in_dim(packed.astype(jnp.uint16), shape, (0, 2))
+    if len(planes) > 1:
+        # held until absmax is there: ahead of a loop over layers XLA would make a whole array of it
+        place = jnp.arange(len(planes), dtype=jnp.uint16) * jnp.uint16(256)
+        absmax, place = lax.optimization_barrier((absmax, place))
+        index = index + lax.broadcast_in_dim(place, shape, (1,))
     scale = lax.broadcast_in_dim(absmax, (rows, blocks, block_size // 2), (0, 1))
     scale = lax.broadcast_in_dim(scale.reshape(packed.shape), shape, (0, 2))
     return (_look_up(jnp.asarray(table), index) * scale).astype(dtype)
