@@ -59,7 +59,7 @@ def build(args: argparse.Namespace) -> tuple[Runs, dict[str, Any]]:
         def normal(dims: tuple[int, ...]) -> jax.Array:
             x = rng.standard_normal(dims, np.float32)
             x *= 0.02
-            return jnp.asarray(x.astype(dtype))  # as read: in the dtype it is stored in
+            return jnp.asarray(x.astype(dtype, copy=False))  # as read: in the dtype it is stored in
 
         if args.mode != "qlora" or path not in targets:
             return normal(leaf.shape)
