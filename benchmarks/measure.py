@@ -8,6 +8,7 @@ slows all of them. Nothing here imports jax or torch.
 
 import json
 import os
+import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -61,6 +62,16 @@ def milliseconds(times: Sequence[float]) -> dict[str, float]:
         "median_ms": round(1e3 * statistics.median(times), 3),
         "min_ms": round(1e3 * min(times), 3),
     }
+
+
+def machine() -> str:
+    """The CPU's name, and whether it multiplies bfloat16 itself, as Linux tells them."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    found = {key.strip(): value.strip() for key, _, value in (x.partition(":") for x in lines)}
+    name = found.get("model name") or platform.machine()
+    halves = [f for f in ("amx_bf16", "avx512_bf16") if f in found.get("flags", "").split()]
+    return " with ".join([name, *halves[:1]])
 
 
 class Report:

@@ -22,7 +22,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from measure import Report, ratio
+from measure import Report, machine, ratio
 from worker import MODEL, Side, add_model_arguments, model_arguments
 
 HERE = Path(__file__).parent
@@ -49,7 +49,7 @@ def main() -> int:
             if settings == MODEL:
                 hold(report, f"{dtype}, remat {remat}", sides)
     if args.output:
-        about = {"rounds": args.rounds, **report.about}
+        about = {"rounds": args.rounds, "machine": machine(), **report.about}
         args.output.write_text(json.dumps({"about": about, "rows": report.rows}, indent=1) + "\n")
     return report.finish()
 

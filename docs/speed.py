@@ -2,7 +2,7 @@
 """Writes docs/speed.md and its picture from what the step benchmark measured.
 
     python benchmarks/train_step.py --torch-python REF --qwix-python REF --output docs/speed.json
-    python docs/speed.py [docs/speed.json] [machine]
+    python docs/speed.py [docs/speed.json]
 
 No figure there is typed by hand.
 """
@@ -32,7 +32,7 @@ def cells(rows: list[Row]) -> dict[tuple[str, str], list[Row]]:
     return found
 
 
-def page(record: dict[str, Any], machine: str) -> str:
+def page(record: dict[str, Any]) -> str:
     """The page."""
     about, rows = record["about"], record["rows"]
     names = (
@@ -52,9 +52,10 @@ def page(record: dict[str, Any], machine: str) -> str:
         "# Speed and memory of a step",
         "",
         "Written by [`speed.py`](speed.py) from what "
-        "[`benchmarks/train_step.py`](../benchmarks/train_step.py) measured on " + machine + f" "
-        f"({about['cpus']} CPUs). A random decoder of Llama's architecture: {shape}. NF4, LoRA on "
-        "all linears of the layers, AdamW. In each cell all sides run at once, each in a process "
+        "[`benchmarks/train_step.py`](../benchmarks/train_step.py) measured on "
+        f"{about['cpus']} CPUs of {about['machine']}. A random decoder of Llama's architecture: "
+        f"{shape}. NF4, LoRA on all linears of the layers, AdamW. In each cell all sides run at "
+        "once, each in a process "
         f"of its own, and step in turn, {about['rounds']} times after a warm-up; a ratio is the "
         "median over rounds of the ratio within one.",
         "",
@@ -121,14 +122,13 @@ def _words(remat: str) -> str:
     return {"none": "kept", "full": "recomputed"}[remat]
 
 
-def main(source: Path, machine: str) -> None:
+def main(source: Path) -> None:
     """Writes the page and the picture."""
     record = json.loads(source.read_text("utf-8"))
     (HERE / "images").mkdir(exist_ok=True)
     (HERE / "images" / "speed.png").write_bytes(picture(record))
-    (HERE / "speed.md").write_text(page(record, machine), "utf-8")
+    (HERE / "speed.md").write_text(page(record), "utf-8")
 
 
 if __name__ == "__main__":
-    source = Path(sys.argv[1]) if len(sys.argv) > 1 else HERE / "speed.json"
-    main(source, sys.argv[2] if len(sys.argv) > 2 else "this machine")
+    main(Path(sys.argv[1]) if len(sys.argv) > 1 else HERE / "speed.json")

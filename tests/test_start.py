@@ -118,7 +118,6 @@ def test_on_a_dense_base_the_written_adapter_is_the_trained_model(tmp_path, init
     assert float(jnp.abs(want - fresh).max()) > 0.01
 
 
-@pytest.mark.slow
 def test_a_run_from_what_quantization_lost(tmp_path):
     """LoftQ and DoRA together, through the trainer, and back through the command line."""
     config = settings(tmp_path / "run", "qlora", init="loftq", dora=True)

@@ -231,9 +231,9 @@ def test_a_skipped_step_leaves_paged_moments_alone(targets):
     ("form", "placement"),
     [
         ("bfloat16", "device"),
+        ("8bit", "device"),
         pytest.param("8bit", "host", marks=needs_host),
         pytest.param("bfloat16", "host", marks=[needs_host, pytest.mark.slow]),
-        pytest.param("8bit", "device", marks=pytest.mark.slow),
     ],
 )
 def test_every_form_of_the_optimizer_learns_and_resumes(llama, targets, tmp_path, form, placement):

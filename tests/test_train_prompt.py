@@ -80,7 +80,6 @@ def model() -> Any:
     return jq.load_model(LLAMA)
 
 
-@pytest.mark.slow
 def test_a_prefix_beside_lora(tmp_path: Path, model: Any, capsys: pytest.CaptureFixture[str]):
     output = tmp_path / "run"
     config = settings(output, {"kind": "prefix", "init": "random"}, lora={"rank": 2})

@@ -192,8 +192,8 @@ def _over_queries(x: Array, y: Array) -> Array:
     """`[batch, keys, d]`, of `[batch, queries, keys]` and `[batch, queries, d]`."""
 
     def turned(x: Array, y: Array) -> Array:
-        # XLA's library for a CPU knows no product over the rows of both; its own code takes four
-        # times as long as turning x, which it would undo without the barrier
+        # XLA's library for a CPU knows no product over the rows of both; its own code is slower
+        # than turning x first, which XLA would undo without the barrier
         return _dot("bkq,bqd->bkd", lax.optimization_barrier(x.mT), y)
 
     plain = partial(_dot, "bqk,bqd->bkd")

@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """quantized_matmul equals the matmul with the decoded kernel, forward and backward."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.test_util import check_grads
 
+from jax_qlora.quant import QuantizedArray, quantize_array, quantized_matmul
 from jax_qlora.quant import matmul as matmul_module
-from jax_qlora.quant import quantize_array, quantized_matmul
 from jax_qlora.quant.array import dequantize_rows
 from tests.helpers import normal
 
@@ -154,3 +156,15 @@ def test_kernels_of_equal_shape_share_a_compilation():
     f(x, quantize_array(normal((64, 8))))
     f(x, quantize_array(normal((64, 8), 1)))
     assert len(traces) == 1
+
+
+def test_a_loop_over_layers_carries_no_array_for_decoding():
+    """XLA moves out of a loop what does not change in it, however large it makes it."""
+    q = quantize_array(normal((3, 128, 128)))
+
+    def loss(x: jax.Array, q: QuantizedArray) -> jax.Array:
+        return jax.lax.scan(lambda x, q: (jnp.sin(quantized_matmul(x, q)), None), x, q)[0].sum()
+
+    program = jax.jit(jax.grad(loss)).lower(normal((16, 128)), q).compile().as_text()
+    assert " while(" in program and "u16[128,2,64]" in program  # the indices of the look-up
+    assert not re.search(r"u16\[128,2,64\]\S* get-tuple-element\(", program)
